@@ -1,0 +1,244 @@
+"""The vocabulary of episodes: what an environment is, and the record of what a student did in it.
+
+An `Episode` is an append-only token log. What the student sampled is stored as it was sampled and
+is never rendered again from text; the environment only appends.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol
+
+import numpy as np
+
+Message = dict[str, Any]
+"""One OpenAI-style chat message: `role`, `content`, optionally `tool_calls`, `tool_call_id`, `name`."""
+
+
+class StopReason(StrEnum):
+    """Why an episode ended. Every reason trains; a failed episode has none because it is dropped."""
+
+    COMPLETED = "completed"
+    TOOL_STOPPED = "tool_stopped"
+    MAX_TURNS = "max_turns"
+    MAX_TOKENS = "max_tokens"  # one turn was cut by the sampler's budget
+    CONTEXT_OVERFLOW = "context_overflow"
+    MAX_TOOL_CALLS = "max_tool_calls"
+    PARSE_ERROR = "parse_error"
+    TIMEOUT = "timeout"
+
+
+TRUNCATED = frozenset({StopReason.MAX_TOKENS, StopReason.CONTEXT_OVERFLOW})
+
+
+@dataclass(frozen=True)
+class StopCondition:
+    """What ends one turn of sampling: any of these ids, or any of these texts in the decoded turn."""
+
+    token_ids: frozenset[int]
+    strings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one turn is sampled. `temperature=0` is greedy; `seed` makes the turn reproducible."""
+
+    max_tokens: int
+    stop: StopCondition
+    temperature: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One sampled turn. `logprobs[i]` is the log-probability of `token_ids[i]` under the distribution
+    that it was drawn from (for greedy: the untempered one). The stop token, if the model sampled it,
+    is the last id."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    stopped: bool  # True: a stop token or string; False: cut by max_tokens
+    weight_version: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.token_ids) != len(self.logprobs):
+            raise ValueError(f"{len(self.token_ids)} sampled ids but {len(self.logprobs)} logprobs")
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Tokens that the environment appends, and the messages that they render."""
+
+    token_ids: list[int]
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """An environment's answer to one sampled turn. `observation` is None when `done`."""
+
+    done: bool
+    observation: Observation | None = None
+    stop_reason: StopReason | None = None
+    reward: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
+    logs: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.done != (self.stop_reason is not None) or self.done == (self.observation is not None):
+            raise ValueError("a done step has a stop_reason and no observation; any other the reverse")
+
+
+class Env(Protocol):
+    """Token-level environment of one episode, single use."""
+
+    stop: StopCondition
+    max_generation_tokens: int  # per turn
+    max_trajectory_tokens: int  # prompt and all turns
+
+    async def initial_observation(self) -> Observation: ...
+
+    async def step(self, action: Sampled) -> StepResult: ...
+
+
+class EnvGroupBuilder(Protocol):
+    """Picklable recipe for the environments of one dataset row. Carries its dataset's and teacher's
+    name, so dropping a group can never shift another's."""
+
+    dataset: str
+    row_id: str
+    teacher: str
+    teacher_messages: tuple[Message, ...] | None  # privileged context, None: the teacher sees the prompt
+
+    async def make_envs(self) -> Sequence[Env]: ...
+
+    async def cleanup(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One sampled turn: ids `[start, end)` of the log, then the messages the environment appended."""
+
+    start: int
+    end: int
+    observation: tuple[Message, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Episode:
+    """One finished attempt: a token log with aligned streams of length T.
+
+    Invariants, checked: `sampled` is True exactly on the turns' spans; `sampler_logprobs` is finite
+    there and NaN elsewhere; token 0 is never sampled (nothing predicts it).
+    """
+
+    dataset: str
+    row_id: str
+    teacher: str
+    prompt_messages: tuple[Message, ...]
+    teacher_messages: tuple[Message, ...] | None
+    token_ids: np.ndarray  # int32 [T]
+    sampled: np.ndarray  # bool [T]
+    sampler_logprobs: np.ndarray  # float32 [T]
+    turns: tuple[Turn, ...]
+    stop_reason: StopReason
+    reward: float = 0.0
+    weight_version: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    logs: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        mask = np.zeros(len(self.token_ids), dtype=bool)
+        for turn in self.turns:
+            mask[turn.start : turn.end] = True
+        if not (len(self.sampled) == len(self.sampler_logprobs) == len(mask)) or (mask != self.sampled).any():
+            raise ValueError("the sampled mask does not match the turns' spans")
+        if not mask.any() or mask[0]:
+            raise ValueError("an episode needs a prompt and at least one sampled token")
+        if (np.isfinite(self.sampler_logprobs) != mask).any():
+            raise ValueError("sampler logprobs must be finite on sampled tokens and NaN elsewhere")
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_sampled(self) -> int:
+        return int(self.sampled.sum())
+
+    @property
+    def truncated(self) -> bool:
+        return self.stop_reason in TRUNCATED
+
+
+@dataclass(frozen=True)
+class EpisodeGroup:
+    """The episodes of one row that survived, and why the others were dropped."""
+
+    dataset: str
+    row_id: str
+    teacher: str
+    episodes: tuple[Episode, ...]
+    dropped: tuple[str, ...] = ()  # one reason per dropped episode
+
+
+class EpisodeLog:
+    """Builds an `Episode` by appending; the only way to make one."""
+
+    def __init__(self, prompt: Observation) -> None:
+        self._prompt_messages = prompt.messages
+        self._ids: list[int] = list(prompt.token_ids)
+        self._logprobs: list[float] = [math.nan] * len(self._ids)
+        self._turns: list[Turn] = []
+        self._version = 0
+
+    @property
+    def token_ids(self) -> list[int]:
+        """All ids so far: what the sampler is sent next. A copy."""
+        return list(self._ids)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def append_sampled(self, sampled: Sampled) -> None:
+        start = len(self._ids)
+        self._ids.extend(sampled.token_ids)
+        self._logprobs.extend(sampled.logprobs)
+        self._turns.append(Turn(start, len(self._ids)))
+        self._version = sampled.weight_version
+
+    def append_observation(self, observation: Observation) -> None:
+        self._ids.extend(observation.token_ids)
+        self._logprobs.extend([math.nan] * len(observation.token_ids))
+        last = self._turns[-1]
+        self._turns[-1] = Turn(last.start, last.end, last.observation + observation.messages)
+
+    def finish(
+        self,
+        builder: EnvGroupBuilder,
+        stop_reason: StopReason,
+        reward: float,
+        metrics: dict[str, float],
+        logs: dict[str, Any],
+    ) -> Episode:
+        sampled = np.zeros(len(self._ids), dtype=bool)
+        for turn in self._turns:
+            sampled[turn.start : turn.end] = True
+        return Episode(
+            dataset=builder.dataset,
+            row_id=builder.row_id,
+            teacher=builder.teacher,
+            prompt_messages=self._prompt_messages,
+            teacher_messages=builder.teacher_messages,
+            token_ids=np.array(self._ids, dtype=np.int32),
+            sampled=sampled,
+            sampler_logprobs=np.array(self._logprobs, dtype=np.float32),
+            turns=tuple(self._turns),
+            stop_reason=stop_reason,
+            reward=reward,
+            weight_version=self._version,
+            metrics=metrics,
+            logs=logs,
+        )

@@ -1,0 +1,49 @@
+"""Every error that Protege raises on purpose, as one small tree.
+
+`UserError` is the user's to fix: the command line ends with its message and exit code 2.
+Every message names the value, what was expected, and the way out.
+"""
+
+
+class ProtegeError(Exception):
+    """Base of every deliberate error."""
+
+
+class UserError(ProtegeError):
+    """Something the user can fix: exit code 2, no traceback."""
+
+
+class ConfigError(UserError):
+    """An option's value, or two options together, make no sense."""
+
+
+class DataError(UserError):
+    """A dataset is missing, or a row in it is broken. Names the file and the line."""
+
+
+class ModelError(UserError):
+    """A model or tokenizer folder cannot be loaded or used."""
+
+
+class TemplateError(ModelError):
+    """A chat template cannot be rendered append-only."""
+
+
+class TokenizerMismatchError(ModelError):
+    """Student and teacher do not give the same ids the same meaning."""
+
+
+class CheckpointError(ProtegeError):
+    """A checkpoint cannot be written or read."""
+
+
+class TeacherError(ProtegeError):
+    """A teacher failed to score: the episode is dropped and counted."""
+
+
+class SamplerError(ProtegeError):
+    """A sampler failed to answer: the episode is dropped and counted."""
+
+
+class NoSignalError(ProtegeError):
+    """A step has nothing to train on, or too many episodes were dropped."""

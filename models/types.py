@@ -1,0 +1,91 @@
+"""The seams between the loop and the engines: `Sampler`, `Scorer`, and the signal they carry."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from envs.types import Sampled, SamplingParams
+
+
+class SignalKind(StrEnum):
+    """What an objective needs of a teacher at every sampled token."""
+
+    SAMPLED = "sampled"  # the log-probability of the sampled token
+    FULL = "full"  # the whole distribution, as final hidden states plus the teacher's head
+
+
+@dataclass(frozen=True)
+class TeacherView:
+    """What a teacher reads for one episode.
+
+    `positions[j]` is the teacher position whose token answers the student's `student_positions[j]`;
+    both list every sampled token of the episode, in order. `swap` is the pair of ids that trade
+    places between the two formats (the end-of-turn tokens), None where the formats agree.
+    """
+
+    token_ids: np.ndarray  # int64 [T_teacher]
+    positions: np.ndarray  # int64 [n]
+    student_positions: np.ndarray  # int64 [n]
+    swap: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.positions) != len(self.student_positions):
+            raise ValueError(
+                f"{len(self.positions)} teacher positions, {len(self.student_positions)} of the student"
+            )
+
+
+class Head(Protocol):
+    """A language-model head: final hidden states to logits, already divided by the temperature."""
+
+    def __call__(self, hidden: Float[Tensor, "n h"]) -> Float[Tensor, "n v"]: ...
+
+
+@dataclass(frozen=True)
+class Signal:
+    """A teacher's answer for one episode, aligned with the view's `student_positions` (length n)."""
+
+    logprobs: Float[Tensor, " n"]  # of the sampled tokens, float32 on the CPU
+    hidden: Float[Tensor, "n h"] | None = None  # kind FULL only
+    head: Head | None = None  # kind FULL only
+    swap: tuple[int, int] | None = None  # columns of the head to exchange, see `TeacherView.swap`
+
+    def __post_init__(self) -> None:
+        if not torch.isfinite(self.logprobs).all():
+            raise ValueError("a teacher's logprob is missing or not finite")
+
+
+class Sampler(Protocol):
+    """The student's engine: token ids in, sampled ids and their logprobs out.
+
+    Used as an async context manager. Concurrent `sample` calls are batched. Cancelling a call frees
+    its work. Raises `SamplerError` when the engine fails.
+    """
+
+    async def __aenter__(self) -> Sampler: ...
+
+    async def __aexit__(self, *exc: object) -> None: ...
+
+    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams) -> Sampled: ...
+
+    async def update_weights(self, version: int) -> None: ...
+
+
+class Scorer(Protocol):
+    """A teacher's engine: reads views, returns one signal per view, in order.
+
+    Raises `TeacherError` when it cannot score; never returns a made-up number.
+    """
+
+    name: str
+    temperature: float
+
+    async def score(self, views: Sequence[TeacherView], need: SignalKind) -> list[Signal]: ...
