@@ -37,12 +37,22 @@ class CheckpointError(ProtegeError):
     """A checkpoint cannot be written or read."""
 
 
-class TeacherError(ProtegeError):
-    """A teacher failed to score: the episode is dropped and counted."""
+class InfrastructureError(ProtegeError):
+    """Our side failed, not the student: the episode is dropped and counted under `reason`."""
+
+    reason = "infrastructure"
 
 
-class SamplerError(ProtegeError):
-    """A sampler failed to answer: the episode is dropped and counted."""
+class TeacherError(InfrastructureError):
+    """A teacher failed to score."""
+
+    reason = "teacher"
+
+
+class SamplerError(InfrastructureError):
+    """A sampler failed to answer."""
+
+    reason = "sampler"
 
 
 class NoSignalError(ProtegeError):

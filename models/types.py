@@ -18,6 +18,7 @@ from envs.types import Sampled, SamplingParams
 class SignalKind(StrEnum):
     """What an objective needs of a teacher at every sampled token."""
 
+    NONE = "none"  # no teacher at all
     SAMPLED = "sampled"  # the log-probability of the sampled token
     FULL = "full"  # the whole distribution, as final hidden states plus the teacher's head
 
@@ -38,9 +39,7 @@ class TeacherView:
 
     def __post_init__(self) -> None:
         if len(self.positions) != len(self.student_positions):
-            raise ValueError(
-                f"{len(self.positions)} teacher positions, {len(self.student_positions)} of the student"
-            )
+            raise ValueError(f"{len(self.positions)} teacher positions, {len(self.student_positions)} of the student")
 
 
 class Head(Protocol):
@@ -51,16 +50,22 @@ class Head(Protocol):
 
 @dataclass(frozen=True)
 class Signal:
-    """A teacher's answer for one episode, aligned with the view's `student_positions` (length n)."""
+    """A teacher's answer for one episode, aligned with the view's `student_positions` (length n).
 
-    logprobs: Float[Tensor, " n"]  # of the sampled tokens, float32 on the CPU
-    hidden: Float[Tensor, "n h"] | None = None  # kind FULL only
-    head: Head | None = None  # kind FULL only
+    Kind SAMPLED has `logprobs`, kind FULL has `hidden` and `head`.
+    """
+
+    logprobs: Float[Tensor, " n"] | None = None  # of the sampled tokens, float32 on the CPU
+    hidden: Float[Tensor, "n h"] | None = None  # the teacher's final hidden states
+    head: Head | None = None
     swap: tuple[int, int] | None = None  # columns of the head to exchange, see `TeacherView.swap`
 
     def __post_init__(self) -> None:
-        if not torch.isfinite(self.logprobs).all():
-            raise ValueError("a teacher's logprob is missing or not finite")
+        if (self.logprobs is None) == (self.hidden is None) or (self.hidden is None) != (self.head is None):
+            raise ValueError("a signal has either logprobs, or hidden states with their head")
+        values = self.logprobs if self.logprobs is not None else self.hidden
+        if values is None or not torch.isfinite(values).all():
+            raise ValueError("a teacher's value is missing or not finite")
 
 
 class Sampler(Protocol):

@@ -1,0 +1,80 @@
+"""From environments to episodes: the agent loop, with structured concurrency and counted failures."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import anyio
+
+from envs.types import Env, EnvGroupBuilder, Episode, EpisodeGroup, EpisodeLog, SamplingParams, StopReason
+from errors import InfrastructureError
+from models.types import Sampler
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed from any values, the same on every machine: no shared random state to save or race for."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+async def run_episode(
+    env: Env, sampler: Sampler, builder: EnvGroupBuilder, *, temperature: float, seed: int
+) -> Episode:
+    """One attempt, turn by turn. The sampler is always sent the log as it stands, never a new rendering."""
+    log = EpisodeLog(await env.initial_observation())
+    reward, metrics, logs = 0.0, {}, {}
+    turn = 0
+    while True:
+        params = SamplingParams(
+            max_tokens=min(env.max_generation_tokens, env.max_trajectory_tokens - len(log)),
+            stop=env.stop,
+            temperature=temperature,
+            seed=derive_seed(seed, turn),
+        )
+        sampled = await sampler.sample(log.token_ids, params)
+        log.append_sampled(sampled)
+        result = await env.step(sampled)
+        reward += result.reward
+        _add(metrics, result.metrics)
+        logs.update(result.logs)
+        if result.stop_reason is not None:
+            return log.finish(builder, result.stop_reason, reward, metrics, logs)
+        assert result.observation is not None
+        log.append_observation(result.observation)
+        if len(log) >= env.max_trajectory_tokens:
+            return log.finish(builder, StopReason.CONTEXT_OVERFLOW, reward, metrics, logs)
+        turn += 1
+
+
+def _add(total: dict[str, float], more: dict[str, float]) -> None:
+    for name, value in more.items():
+        total[name] = total.get(name, 0.0) + value
+
+
+async def run_group(builder: EnvGroupBuilder, sampler: Sampler, *, temperature: float, seed: int) -> EpisodeGroup:
+    """All attempts at one row, at once. A failure of ours drops that episode alone, under its reason."""
+    results: dict[int, Episode | str] = {}
+
+    async def attempt(k: int, env: Env) -> None:
+        try:
+            results[k] = await run_episode(env, sampler, builder, temperature=temperature, seed=derive_seed(seed, k))
+        except InfrastructureError as error:
+            results[k] = error.reason
+
+    try:
+        envs: Any = await builder.make_envs()
+        async with anyio.create_task_group() as tasks:
+            for k, env in enumerate(envs):
+                tasks.start_soon(attempt, k, env)
+    finally:
+        with anyio.CancelScope(shield=True):
+            await builder.cleanup()
+    ordered = [results[k] for k in range(len(envs))]
+    return EpisodeGroup(
+        dataset=builder.dataset,
+        row_id=builder.row_id,
+        teacher=builder.teacher,
+        episodes=tuple(r for r in ordered if isinstance(r, Episode)),
+        dropped=tuple(r for r in ordered if isinstance(r, str)),
+    )

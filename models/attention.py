@@ -1,0 +1,225 @@
+"""Attention without padding: packed sequences for training and scoring, slots for generation.
+
+transformers looks an attention function up by name. Ours takes a `layout` that says which tokens of
+the one flat row belong together, and attends sequence by sequence: no `[T, T]` mask, no padded
+keys, no repeated key-value heads. A call without a layout behaves as transformers' own `sdpa`.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from errors import ModelError
+
+NAME = "protege"
+
+
+class Layout(Protocol):
+    """Which tokens of a flat row `[1, N]` attend to which keys."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Float[Tensor, "1 H N D"],
+        key: Float[Tensor, "1 K N D"],
+        value: Float[Tensor, "1 K N D"],
+        scale: float | None,
+        window: int | None,
+    ) -> Float[Tensor, "1 N H D"]: ...
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Whole sequences laid end to end; each attends to itself alone, causally."""
+
+    lengths: tuple[int, ...]
+
+    def attend(self, layer, query, key, value, scale, window):
+        pieces = []
+        for q, k, v in zip(
+            *(x.split(self.lengths, dim=2) for x in (query, key, value)),  # [1, heads, length, D]
+            strict=True,
+        ):
+            pieces.append(_causal(q, k, v, scale, window))
+        return torch.cat(pieces, dim=2).transpose(1, 2)
+
+
+def _causal(query, key, value, scale, window):
+    """The last `n` of `m` positions attend to the positions up to their own (`window` at most)."""
+    n, m = query.shape[2], key.shape[2]
+    if n == m and (window is None or window >= m):
+        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+    rows = torch.arange(m - n, m, device=query.device)[:, None]
+    columns = torch.arange(m, device=query.device)
+    mask = columns <= rows
+    if window is not None:
+        mask &= columns > rows - window
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+
+
+class SlotCache:
+    """Keys and values of up to `slots` sequences, per layer `[slots, K, capacity, D]`.
+
+    Rows `[0, active)` are being decoded; the others may hold finished sequences kept for reuse.
+    """
+
+    GROWTH = 128  # tokens
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self.capacity = 0
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for sequences of `tokens` tokens, keeping what is there."""
+        if tokens <= self.capacity:
+            return
+        self.capacity = -(-tokens // self.GROWTH) * self.GROWTH
+        self._layers = {layer: (self._grown(k), self._grown(v)) for layer, (k, v) in self._layers.items()}
+
+    def _grown(self, old: Tensor) -> Tensor:
+        new = old.new_zeros((*old.shape[:2], self.capacity, old.shape[3]))
+        new[:, :, : old.shape[2]] = old
+        return new
+
+    def layer(self, layer: int, like_key: Tensor, like_value: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's keys and values; allocated at the layer's first use."""
+        if layer not in self._layers:
+            self._layers[layer] = (self._empty(like_key), self._empty(like_value))
+        return self._layers[layer]
+
+    def _empty(self, like: Tensor) -> Tensor:
+        return like.new_zeros((self.slots, like.shape[1], self.capacity, like.shape[3]))
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        for kv in self._layers.values():
+            for x in kv:
+                x[target, :, :tokens] = x[source, :, :tokens]
+
+    def swap(self, a: int, b: int, tokens: int) -> None:
+        for kv in self._layers.values():
+            for x in kv:
+                held = x[a, :, :tokens].clone()
+                x[a, :, :tokens] = x[b, :, :tokens]
+                x[b, :, :tokens] = held
+
+
+@dataclass(frozen=True)
+class Extend:
+    """New tokens of several slots laid end to end: slot `slots[i]` gets `lengths[i]` tokens after its
+    first `starts[i]`."""
+
+    cache: SlotCache
+    slots: tuple[int, ...]
+    starts: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+    def attend(self, layer, query, key, value, scale, window):
+        keys, values = self.cache.layer(layer, key, value)
+        pieces, at = [], 0
+        for slot, start, length in zip(self.slots, self.starts, self.lengths, strict=True):
+            stop = start + length
+            keys[slot, :, start:stop] = key[0, :, at : at + length]
+            values[slot, :, start:stop] = value[0, :, at : at + length]
+            pieces.append(
+                _causal(
+                    query[:, :, at : at + length],
+                    keys[slot : slot + 1, :, :stop],
+                    values[slot : slot + 1, :, :stop],
+                    scale,
+                    window,
+                )
+            )
+            at += length
+        return torch.cat(pieces, dim=2).transpose(1, 2)
+
+
+@dataclass
+class Decode:
+    """One new token for each of the first `n` slots; slot i's goes to `positions[i]`."""
+
+    cache: SlotCache
+    positions: Int[Tensor, " n"]
+    longest: int  # max(positions) + 1, known on the host
+    _bias: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict)
+
+    def attend(self, layer, query, key, value, scale, window):
+        keys, values = self.cache.layer(layer, key, value)
+        n, groups = query.shape[2], query.shape[1] // key.shape[1]
+        rows = torch.arange(n, device=query.device)
+        keys[rows, :, self.positions] = key[0].transpose(0, 1)
+        values[rows, :, self.positions] = value[0].transpose(0, 1)
+        # Grouped heads share their keys in one matmul: repeating them would copy the cache at every step.
+        q = query[0].transpose(0, 1).unflatten(1, (-1, groups))  # [n, K, groups, D]
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        scores = torch.matmul(q, keys[:n, :, : self.longest].transpose(-1, -2)) * scale
+        weights = (scores + self.bias(window, scores.dtype)).softmax(-1, dtype=torch.float32).to(q.dtype)
+        out = torch.matmul(weights, values[:n, :, : self.longest])  # [n, K, groups, D]
+        return out.flatten(1, 2)[None]
+
+    def bias(self, window: int | None, dtype: torch.dtype) -> Float[Tensor, "n 1 1 longest"]:
+        if (window, dtype) not in self._bias:
+            columns = torch.arange(self.longest, device=self.positions.device)
+            rows = self.positions[:, None]
+            hidden = columns > rows
+            if window is not None:
+                hidden |= columns <= rows - window
+            bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+            self._bias[window, dtype] = bias.masked_fill_(hidden, float("-inf"))[:, None, None]
+        return self._bias[window, dtype]
+
+
+_in_layout: contextvars.ContextVar[bool] = contextvars.ContextVar("protege_in_layout", default=False)
+
+
+@contextmanager
+def no_mask() -> Iterator[None]:
+    """Within, the model builds no attention mask: a layout does its work."""
+    token = _in_layout.set(True)
+    try:
+        yield
+    finally:
+        _in_layout.reset(token)
+
+
+def attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    layout: Layout | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface. Raises `ModelError` for features that a layout cannot honour."""
+    if layout is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    for name in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise ModelError(f"packed attention has no {name}; use attn_implementation=eager for this model")
+    return layout.attend(module.layer_idx, query, key, value, scaling, sliding_window).contiguous(), None  # type: ignore[arg-type]
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    return None if _in_layout.get() else sdpa_mask(*args, **kwargs)
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, _mask)

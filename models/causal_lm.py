@@ -1,0 +1,154 @@
+"""A transformers model as two parts: a trunk over sequences of any lengths, and a head on chosen rows.
+
+Training, scoring and sampling all go through here, so that they agree on attention, precision and
+the head, and so that full `[T, vocab]` logits never exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from errors import ModelError
+from models import attention
+from models.attention import Layout, Packed
+
+# Largest difference in logprobs between our two paths and the plain forward that is rounding and not a bug.
+_TOLERANCE = {torch.float32: 2e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
+
+
+class CausalLM:
+    """`hidden` gives final hidden states of whole sequences, `logits` puts the head on some of them.
+
+    `packed` models take sequences end to end without padding. Others (state-space or linear
+    attention, soft-capped attention) take them padded on the right: slower, same numbers.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, compute_dtype: torch.dtype = torch.float32, use_adapter: bool = True
+    ) -> None:
+        self.model = model
+        self.compute_dtype = compute_dtype
+        self.use_adapter = use_adapter
+        self.packed = model.config._attn_implementation == attention.NAME
+        self.head_scale = 1.0
+        self.head_softcap: float | None = None
+
+    @classmethod
+    def verified(cls, model: PreTrainedModel, *, compute_dtype: torch.dtype = torch.float32) -> CausalLM:
+        """A `CausalLM` whose two parts were compared with the model's own forward on this model's weights.
+
+        Falls back from packed to padded sequences where packing changes the numbers. Raises `ModelError`
+        if even then trunk and head do not make up the model.
+        """
+        lm = cls(model, compute_dtype=compute_dtype)
+        config = model.config.get_text_config()
+        lm.head_softcap = getattr(config, "final_logit_softcapping", None)
+        if getattr(config, "logits_scaling", None):  # Granite divides
+            lm.head_scale = 1.0 / config.logits_scaling
+        elif getattr(config, "logit_scale", None):  # Cohere multiplies
+            lm.head_scale = config.logit_scale
+        difference = lm._difference_from_plain_forward()
+        if lm.packed and difference > _TOLERANCE[compute_dtype]:
+            lm.packed = False
+            model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+            difference = lm._difference_from_plain_forward()
+        if difference > _TOLERANCE[compute_dtype]:
+            raise ModelError(
+                f"{model.config.name_or_path or type(model).__name__}: the head is not a plain linear layer "
+                f"on the final hidden states (logprobs differ by {difference:.3g} from the model's own forward); "
+                "this architecture is not supported"
+            )
+        return lm
+
+    def without_adapter(self) -> CausalLM:
+        """The same weights with LoRA switched off: a teacher that shares its student's base for free."""
+        view = CausalLM(self.model, compute_dtype=self.compute_dtype, use_adapter=False)
+        view.packed, view.head_scale, view.head_softcap = self.packed, self.head_scale, self.head_softcap
+        return view
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.get_output_embeddings().weight.shape[0]  # type: ignore[union-attr]
+
+    @property
+    def trunk(self) -> torch.nn.Module:
+        inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # type: ignore[operator]
+        return inner.base_model  # type: ignore[union-attr,return-value]
+
+    @contextmanager
+    def precision(self) -> Iterator[None]:
+        """Compute dtype and adapter switch that every use of the weights shares."""
+        cast = (
+            nullcontext()
+            if self.compute_dtype == torch.float32
+            else torch.autocast(self.device.type, dtype=self.compute_dtype)
+        )
+        adapter = (
+            self.model.disable_adapter()  # type: ignore[operator]
+            if not self.use_adapter and hasattr(self.model, "disable_adapter")
+            else nullcontext()
+        )
+        with cast, adapter:
+            yield
+
+    def hidden(self, sequences: Sequence[Tensor]) -> Float[Tensor, "T h"]:
+        """Final hidden states of the sequences (int64 [length] each), end to end. Differentiable."""
+        lengths = tuple(len(s) for s in sequences)
+        if not self.packed:
+            return self._hidden_padded(sequences, lengths)
+        ids = torch.cat(list(sequences)).to(self.device)
+        positions = torch.cat([torch.arange(n) for n in lengths]).to(self.device)
+        return self.flat(ids, positions, Packed(lengths))
+
+    def flat(self, ids: Tensor, positions: Tensor, layout: Layout) -> Float[Tensor, "T h"]:
+        """One flat row of tokens through the trunk under a layout."""
+        with self.precision(), attention.no_mask():
+            out = self.trunk(input_ids=ids[None], position_ids=positions[None], use_cache=False, layout=layout)
+        return out.last_hidden_state[0]
+
+    def _hidden_padded(self, sequences: Sequence[Tensor], lengths: tuple[int, ...]) -> Float[Tensor, "T h"]:
+        # Right padding needs no mask in a causal model: a sequence never sees what comes after it.
+        ids = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True).to(self.device)  # [B, L]
+        mask = torch.arange(ids.shape[1])[None] < torch.tensor(lengths)[:, None]
+        with self.precision():
+            out = self.trunk(input_ids=ids, attention_mask=mask.long().to(self.device), use_cache=False)
+        return out.last_hidden_state[mask.to(self.device)]
+
+    def logits(self, hidden: Float[Tensor, "n h"]) -> Float[Tensor, "n v"]:
+        """float32 logits, as the model itself would give."""
+        with self.precision():
+            logits = self.model.get_output_embeddings()(hidden).float()  # type: ignore[misc]
+        if self.head_scale != 1.0:
+            logits = logits * self.head_scale
+        if self.head_softcap is not None:
+            logits = torch.tanh(logits / self.head_softcap) * self.head_softcap
+        return logits
+
+    @torch.no_grad()
+    def _difference_from_plain_forward(self) -> float:
+        """Largest difference of logprobs on two short probes, packed together against one by one."""
+        generator = torch.Generator().manual_seed(0)
+        probes = [torch.randint(0, self.vocab_size, (n,), generator=generator) for n in (9, 6)]
+        try:
+            ours = self.logits(self.hidden(probes)).log_softmax(-1)
+        except (TypeError, AttributeError, ModelError):  # the architecture does not pass a layout down
+            if not self.packed:
+                raise
+            return float("inf")
+        plain = []
+        with self.precision():
+            for probe in probes:
+                out: Any = self.model(input_ids=probe[None].to(self.device), use_cache=False)
+                plain.append(out.logits[0].float().log_softmax(-1))
+        return (ours - torch.cat(plain)).abs().max().item()

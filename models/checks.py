@@ -1,0 +1,143 @@
+"""Checked before anything trains: that student and teacher mean the same by the same ids, and are
+compared at the same temperature, and that the teacher answers twice alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from envs.rendering import Renderer
+from errors import ConfigError, TeacherError, TokenizerMismatchError
+from models.teacher_view import ViewMaker
+from models.types import Scorer, SignalKind, TeacherView
+
+REPEAT_TOLERANCE = 1e-3  # nats, between two scorings of one sequence
+
+
+@dataclass(frozen=True)
+class PairReport:
+    """What was found when one student-teacher pair was compared."""
+
+    teacher: str
+    shared_ids: int
+    student_only_ids: int
+    teacher_only_ids: int
+    same_format: bool
+    end_of_turn: tuple[str, str]  # the student's token, the teacher's
+
+    def lines(self) -> list[str]:
+        how = "the same chat format" if self.same_format else "its own chat format"
+        ends = self.end_of_turn
+        mapped = f"{ends[0]!r} is read as {ends[1]!r}" if ends[0] != ends[1] else f"{ends[0]!r} in both"
+        return [
+            f"teacher {self.teacher}: reads {how}; end of turn: {mapped}",
+            f"  {self.shared_ids} token ids mean the same; only the student has {self.student_only_ids}, "
+            f"only the teacher {self.teacher_only_ids}",
+        ]
+
+
+def check_pair(name: str, student: Renderer, teacher: Renderer) -> PairReport:
+    """Compare tokenizers by content. Raises `TokenizerMismatchError` naming both sides and the way out."""
+    ours, theirs = _tokens_by_id(student.tokenizer), _tokens_by_id(teacher.tokenizer)
+    shared = ours.keys() & theirs.keys()
+    different = sorted(i for i in shared if ours[i] != theirs[i])
+    if different or not shared:
+        i = different[0] if different else 0
+        raise TokenizerMismatchError(
+            f"the student's tokenizer ({student.name}) and teacher {name}'s ({teacher.name}) give {len(different)} of "
+            f"{len(shared)} ids different meanings, e.g. id {i} is {ours.get(i)!r} and {theirs.get(i)!r}. "
+            "Choose a teacher of the student's model family"
+        )
+    _check_same_text_same_ids(name, student, teacher)
+    maker = ViewMaker(student, teacher)
+    for token, owner, vocabulary in (
+        (teacher.end_of_turn_id, f"teacher {name}", ours),
+        (student.end_of_turn_id, "the student", theirs),
+    ):
+        if token not in vocabulary:
+            raise TokenizerMismatchError(
+                f"{owner} ends its turns with id {token}, which the other tokenizer does not have: "
+                f"{student.name} and {teacher.name} cannot be aligned"
+            )
+    return PairReport(
+        teacher=name,
+        shared_ids=len(shared),
+        student_only_ids=len(ours) - len(shared),
+        teacher_only_ids=len(theirs) - len(shared),
+        same_format=maker.student.fingerprint == maker.teacher.fingerprint,
+        end_of_turn=(ours[student.end_of_turn_id], theirs[teacher.end_of_turn_id]),
+    )
+
+
+_PROBE_TEXT = "Ünïcode, 3.14159 + 2 = 5?\n\n\tdef f(x):  return x**2  # ok\r\n漢字 🙂"
+
+
+def _check_same_text_same_ids(name: str, student: Renderer, teacher: Renderer) -> None:
+    """The same ids could still be reached by other merges: the teacher would then read text that it never
+    tokenises so itself."""
+    ours, theirs = (r.tokenizer.encode(_PROBE_TEXT, add_special_tokens=False) for r in (student, teacher))
+    if ours != theirs:
+        raise TokenizerMismatchError(
+            f"the student's tokenizer ({student.name}) and teacher {name}'s ({teacher.name}) share a vocabulary but "
+            "split text differently. Choose a teacher of the student's model family"
+        )
+
+
+def _tokens_by_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    return {i: token for token, i in tokenizer.get_vocab().items()}
+
+
+def common_temperature(sampling: float, teachers: Mapping[str, float | None]) -> float:
+    """The one temperature at which sampler, learner and every teacher are compared.
+
+    Logprobs at unlike temperatures are of different distributions: their gap is not a KL. Raises `ConfigError`.
+    """
+    if not (sampling > 0 and np.isfinite(sampling)):
+        raise ConfigError(f"temperature={sampling}: on-policy sampling needs a temperature above 0")
+    for name, temperature in teachers.items():
+        if temperature is not None and temperature != sampling:
+            raise ConfigError(
+                f"the student samples at temperature={sampling} but teacher {name} is scored at {temperature}: "
+                "their logprobs cannot be compared. Give both the same temperature"
+            )
+    return sampling
+
+
+async def probe_scorer(scorer: Scorer, view: TeacherView) -> None:
+    """Score one view twice. Raises `TeacherError` unless both answers are there and agree."""
+    first, second = [(await scorer.score([view], SignalKind.SAMPLED))[0].logprobs for _ in range(2)]
+    if first is None or second is None or len(first) != len(view.positions):
+        raise TeacherError(f"teacher {scorer.name} did not return a logprob for every token asked for")
+    gap = (first - second).abs().max().item()
+    if gap > REPEAT_TOLERANCE or (first > 1e-4).any():
+        raise TeacherError(
+            f"teacher {scorer.name} scored one sequence twice and differs by {gap:.3g} nats: its signal is noise"
+            if gap > REPEAT_TOLERANCE
+            else f"teacher {scorer.name} returned a logprob above 0"
+        )
+
+
+def probe_view(maker: ViewMaker, text: str = "The answer is 4.") -> TeacherView:
+    """A short made-up turn in the teacher's format, for `probe_scorer`."""
+    prompt = maker.teacher.prompt([{"role": "user", "content": "What is 2 + 2?"}])
+    answer = maker.teacher.tokenizer.encode(text, add_special_tokens=False)
+    answer = [*(answer or [maker.teacher.end_of_turn_id]), maker.teacher.end_of_turn_id]
+    positions = np.arange(len(prompt), len(prompt) + len(answer))
+    return TeacherView(np.array([*prompt, *answer], dtype=np.int64), positions, positions)
+
+
+def default_device(name: str) -> torch.device:
+    """`auto` is CUDA if there is a device, else the CPU. Raises `ConfigError`."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device={name}: expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device={name}: torch sees no CUDA device here; use device=cpu")
+    return device

@@ -1,0 +1,52 @@
+"""What a teacher reads: the student's tokens verbatim, everything around them in the teacher's own format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from envs.rendering import Renderer
+from envs.types import Episode
+from models.types import TeacherView
+
+
+@dataclass(frozen=True)
+class ViewMaker:
+    """Makes `TeacherView`s for one student-teacher pair.
+
+    Where both formats are the same and no privileged messages are given, the view is the episode itself.
+    Otherwise the prompt and the environment's messages are rendered anew in the teacher's format and the
+    sampled ids copied. Where the formats end a turn with different tokens, these two ids trade places, so
+    that the student's end-of-turn is judged as the teacher's.
+    """
+
+    student: Renderer
+    teacher: Renderer
+
+    @property
+    def swap(self) -> tuple[int, int] | None:
+        pair = (self.student.end_of_turn_id, self.teacher.end_of_turn_id)
+        return None if pair[0] == pair[1] else pair
+
+    def view(self, episode: Episode) -> TeacherView:
+        own = np.flatnonzero(episode.sampled)
+        if self.student.fingerprint == self.teacher.fingerprint and episode.teacher_messages is None:
+            return TeacherView(episode.token_ids.astype(np.int64), own, own)
+        messages = episode.teacher_messages or episode.prompt_messages
+        ids = list(self.teacher.prompt(messages))
+        positions: list[int] = []
+        for turn in episode.turns:
+            sampled = episode.token_ids[turn.start : turn.end]
+            positions.extend(range(len(ids), len(ids) + len(sampled)))
+            ids.extend(self._mapped(sampled))
+            if turn.observation:
+                ended = int(sampled[-1]) in self.student.stop.token_ids
+                ids.extend(self.teacher.continuation(turn.observation, ended=ended))
+        return TeacherView(np.array(ids, dtype=np.int64), np.array(positions, dtype=np.int64), own, self.swap)
+
+    def _mapped(self, sampled: np.ndarray) -> list[int]:
+        if self.swap is None:
+            return sampled.tolist()
+        a, b = self.swap
+        return [b if token == a else a if token == b else token for token in sampled.tolist()]

@@ -1,0 +1,86 @@
+"""A teacher's engine on transformers, in-process: packs views to a token budget, one forward each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import anyio
+import anyio.to_thread
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from errors import TeacherError
+from models.causal_lm import CausalLM
+from models.types import Signal, SignalKind, TeacherView
+
+HEAD_ELEMENTS = 1 << 24  # logits held at a time: 64 MiB in float32
+
+
+class TransformersScorer:
+    """`Scorer` on a `CausalLM`, at one temperature."""
+
+    def __init__(
+        self,
+        name: str,
+        lm: CausalLM,
+        *,
+        temperature: float = 1.0,
+        token_budget: int = 4096,
+        limiter: anyio.CapacityLimiter | None = None,
+    ) -> None:
+        self.name = name
+        self.temperature = temperature
+        self._lm = lm
+        self._budget = token_budget
+        self._limiter = limiter
+
+    async def score(self, views: Sequence[TeacherView], need: SignalKind) -> list[Signal]:
+        """One signal per view, in order. Raises `TeacherError`."""
+        try:
+            return await anyio.to_thread.run_sync(self._score, views, need, limiter=self._limiter)
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise TeacherError(f"teacher {self.name} could not score: {error}") from error
+
+    def head(self, hidden: Float[Tensor, "n h"]) -> Float[Tensor, "n v"]:
+        """The teacher's logits at its temperature."""
+        return self._lm.logits(hidden) / self.temperature
+
+    @torch.no_grad()
+    def _score(self, views: Sequence[TeacherView], need: SignalKind) -> list[Signal]:
+        signals: list[Signal] = []
+        for view in views:
+            if int(view.token_ids.max()) >= self._lm.vocab_size:
+                raise TeacherError(f"teacher {self.name} has no token {view.token_ids.max()}, the student does")
+        for pack in self._packs(views):
+            hidden = self._lm.hidden([torch.from_numpy(view.token_ids).long() for view in pack])  # [T, h]
+            offset = 0
+            for view in pack:
+                # The logits at i predict token i + 1.
+                rows = torch.from_numpy(view.positions - 1 + offset).to(hidden.device)
+                signals.append(self._signal(hidden[rows], view, need))
+                offset += len(view.token_ids)
+        return signals
+
+    def _signal(self, hidden: Float[Tensor, "n h"], view: TeacherView, need: SignalKind) -> Signal:
+        if need is SignalKind.FULL:
+            return Signal(hidden=hidden, head=self.head, swap=view.swap)
+        ids = torch.from_numpy(view.token_ids[view.positions]).long().to(hidden.device)
+        chunk = max(1, HEAD_ELEMENTS // self._lm.vocab_size)
+        pieces = []
+        for h, x in zip(hidden.split(chunk), ids.split(chunk), strict=True):
+            logits = self.head(h)  # [chunk, v]
+            pieces.append(logits.gather(1, x[:, None])[:, 0] - logits.logsumexp(-1))
+        return Signal(logprobs=torch.cat(pieces).cpu(), swap=view.swap)
+
+    def _packs(self, views: Sequence[TeacherView]) -> Iterator[list[TeacherView]]:
+        pack: list[TeacherView] = []
+        tokens = 0
+        for view in views:
+            if pack and tokens + len(view.token_ids) > self._budget:
+                yield pack
+                pack, tokens = [], 0
+            pack.append(view)
+            tokens += len(view.token_ids)
+        if pack:
+            yield pack

@@ -1,0 +1,239 @@
+"""The student's weights and optimizer: gradients through a fused, chunked head at trained positions only.
+
+The trunk runs once per pack. Its hidden states at trained positions are cut from the graph; the head, the
+log-softmax and the objective run over them in chunks, forward and backward, so that at no time more than one
+chunk of logits exists; then the collected gradient goes back through the trunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from errors import CheckpointError, ProtegeError
+from models.causal_lm import CausalLM
+from models.types import Head, Signal, SignalKind
+from training.objectives import Objective, TokenBatch, token_logprobs
+from training.packing import PackedBatch, TrainingItem, pack, token_weights
+
+HEAD_ELEMENTS = 1 << 24  # logits of one chunk: 64 MiB in float32
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW. `weight_decay` leaves biases and norms alone; `max_grad_norm=0` does not clip."""
+
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class ItemMetrics:
+    """Per-token metrics of one episode, summed over its `tokens` trained tokens."""
+
+    tokens: int
+    sums: dict[str, float]
+    maxima: dict[str, float]
+
+
+class Learner:
+    def __init__(
+        self,
+        lm: CausalLM,
+        *,
+        optimizer: OptimizerConfig | None = None,
+        temperature: float = 1.0,
+        token_budget: int = 4096,
+        reduction: str = "token_mean",
+        head_elements: int = HEAD_ELEMENTS,
+    ) -> None:
+        self.lm = lm
+        self.config = optimizer or OptimizerConfig()
+        self.temperature = temperature
+        self.token_budget = token_budget
+        self.reduction = reduction
+        self.head_elements = head_elements
+        self.parameters = [p for p in lm.model.parameters() if p.requires_grad]
+        self._optimizer = self._make_optimizer()
+
+    def _make_optimizer(self) -> torch.optim.AdamW:
+        c = self.config
+        groups = [
+            {"params": [p for p in self.parameters if p.ndim >= 2], "weight_decay": c.weight_decay},
+            {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=0.0, betas=(c.beta1, c.beta2), eps=c.eps, fused=True
+        )
+
+    def forward_backward(self, items: Sequence[TrainingItem], objective: Objective) -> list[ItemMetrics]:
+        """Add the gradient of the objective over `items`, which make up one optimizer step."""
+        return self._run(items, objective, train=True)
+
+    @torch.no_grad()
+    def measure(self, items: Sequence[TrainingItem], objective: Objective) -> list[ItemMetrics]:
+        """The objective's metrics without a gradient."""
+        return self._run(items, objective, train=False)
+
+    def step(self, learning_rate: float) -> dict[str, float]:
+        """One AdamW step at `learning_rate`; clears the gradient. Raises `ProtegeError` on a non-finite gradient."""
+        limit = self.config.max_grad_norm or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit).item()
+        if norm != norm or norm == float("inf"):
+            self._optimizer.zero_grad(set_to_none=True)
+            raise ProtegeError(
+                f"the gradient's norm is {norm}: nothing was updated. Lower learning_rate, or use dtype=float32"
+            )
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return {"grad_norm": norm, "learning_rate": learning_rate}
+
+    def save(self, path: Path) -> None:
+        """Optimizer state beside the weights, which `save_pretrained` writes."""
+        self.lm.model.save_pretrained(path)
+        torch.save(self._optimizer.state_dict(), path / "trainer_state" / "optimizer.pt")
+
+    def load_optimizer(self, path: Path) -> None:
+        """The state that `save` wrote. Raises `CheckpointError`."""
+        try:
+            state = torch.load(path / "trainer_state" / "optimizer.pt", weights_only=True, map_location="cpu")
+            self._optimizer.load_state_dict(state)
+        except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+            raise CheckpointError(f"{path}: the optimizer's state cannot be read: {error}") from error
+
+    def _run(self, items: Sequence[TrainingItem], objective: Objective, train: bool) -> list[ItemMetrics]:
+        results: dict[int, ItemMetrics] = {}
+        for batch in pack(items, token_weights(items, self.reduction), self.token_budget):
+            metrics = self._run_pack(batch, objective, train)
+            results.update(zip(map(id, batch.items), _per_item(batch, metrics), strict=True))
+        return [results[id(item)] for item in items]
+
+    def _run_pack(self, batch: PackedBatch, objective: Objective, train: bool) -> dict[str, Float[Tensor, " n"]]:
+        """Metrics per trained token; with `train`, also the gradient."""
+        hidden = self.lm.hidden(batch.sequences)  # [T, h]
+        rows = batch.rows.to(hidden.device)
+        cut = hidden.detach()[rows].requires_grad_(train)  # [n, h]
+        ahead = self._advantages(cut, batch, objective) if objective.looks_ahead else None
+        pieces: dict[str, list[Tensor]] = {}
+        for span in self._chunks(batch, objective.need):
+            logits = self._logits(cut[span])
+            tokens = self._token_batch(batch, span, objective.need, logits.shape[1], logits.device)
+            if ahead is not None:
+                tokens = replace(tokens, advantages=ahead[span])
+            if tokens.teacher_logits is not None:
+                logits = logits[:, : tokens.teacher_logits.shape[1]]  # ids that only the student has
+            out = objective.loss(logits, tokens)
+            if train:
+                (out.loss * batch.weights[span].to(out.loss.device)).sum().backward()
+            for name, values in {**out.metrics, "loss": out.loss.detach()}.items():
+                pieces.setdefault(name, []).append(values)
+            del logits, tokens, out  # before the next chunk's logits are made
+        if train and hidden.requires_grad:
+            hidden.backward(torch.zeros_like(hidden).index_put_((rows,), cut.grad.to(hidden.dtype)))  # type: ignore[union-attr]
+        return {name: torch.cat(values) for name, values in pieces.items()}
+
+    def _logits(self, hidden: Float[Tensor, "n h"]) -> Float[Tensor, "n v"]:
+        logits = self.lm.logits(hidden)
+        return logits if self.temperature == 1.0 else logits / self.temperature
+
+    @torch.no_grad()
+    def _advantages(self, cut: Tensor, batch: PackedBatch, objective: Objective) -> Float[Tensor, " n"]:
+        """A first pass over the head, for objectives whose advantage looks at later tokens."""
+        logprobs = []
+        for span in self._chunks(batch, SignalKind.SAMPLED):
+            logits = self._logits(cut[span])
+            logprobs.append(token_logprobs(logits, batch.ids[span].to(logits.device)))
+        whole = self._token_batch(batch, slice(0, len(batch.ids)), SignalKind.SAMPLED, 0, cut.device)
+        return objective.advantages(torch.cat(logprobs), whole, batch.counts)
+
+    def _chunks(self, batch: PackedBatch, need: SignalKind) -> Iterator[slice]:
+        """Slices of the trained tokens; no slice of kind FULL spans two teachers' heads."""
+        size = max(1, self.head_elements // self.lm.vocab_size)
+        start = 0
+        for stop in _run_ends(batch, need):
+            for at in range(start, stop, size):
+                yield slice(at, min(at + size, stop))
+            start = stop
+
+    def _token_batch(
+        self, batch: PackedBatch, span: slice, need: SignalKind, vocab_size: int, device: torch.device
+    ) -> TokenBatch:
+        tokens = TokenBatch(batch.ids[span].to(device), batch.sampler_logprobs[span].to(device))
+        if need is SignalKind.SAMPLED:
+            return replace(tokens, teacher_logprobs=_teacher_logprobs(batch)[span].to(device))
+        if need is SignalKind.FULL:
+            return replace(tokens, teacher_logits=_teacher_logits(batch, span, vocab_size))
+        return tokens
+
+
+def _signal(item: TrainingItem) -> Signal:
+    if item.signal is None:
+        raise ValueError(f"episode {item.episode.row_id} has no teacher signal")
+    return item.signal
+
+
+def _teacher_logprobs(batch: PackedBatch) -> Float[Tensor, " n"]:
+    values = []
+    for item, count in zip(batch.items, batch.counts, strict=True):
+        logprobs = _signal(item).logprobs
+        if logprobs is None or len(logprobs) != count:
+            raise ValueError(f"episode {item.episode.row_id}: the signal has not one logprob per sampled token")
+        values.append(logprobs)
+    return torch.cat(values)
+
+
+@torch.no_grad()
+def _teacher_logits(batch: PackedBatch, span: slice, vocab_size: int) -> Float[Tensor, "n v"]:
+    """The teacher's logits for a slice that one head covers, over the ids that both models have."""
+    start, hidden, head, swap = 0, [], None, None
+    for item, count in zip(batch.items, batch.counts, strict=True):
+        low, high = max(span.start, start) - start, min(span.stop, start + count) - start
+        if low < high:
+            signal = _signal(item)
+            if signal.hidden is None or len(signal.hidden) != count:
+                raise ValueError(f"episode {item.episode.row_id}: the signal has not one state per sampled token")
+            hidden.append(signal.hidden[low:high])
+            head, swap = signal.head, signal.swap
+        start += count
+    assert head is not None
+    logits = head(torch.cat(hidden))[:, :vocab_size]
+    if swap is not None:
+        logits = logits.clone()
+        logits[:, list(swap)] = logits[:, list(swap[::-1])]
+    return logits
+
+
+def _run_ends(batch: PackedBatch, need: SignalKind) -> list[int]:
+    """Ends of the runs of trained tokens that share a teacher's head."""
+    ends: list[int] = []
+    previous: tuple[Head | None, tuple[int, int] | None] | None = None
+    total = 0
+    for item, count in zip(batch.items, batch.counts, strict=True):
+        key = (_signal(item).head, _signal(item).swap) if need is SignalKind.FULL else (None, None)
+        if previous is not None and key != previous:
+            ends.append(total)
+        previous = key
+        total += count
+    return [*ends, total]
+
+
+def _per_item(batch: PackedBatch, metrics: dict[str, Float[Tensor, " n"]]) -> list[ItemMetrics]:
+    split = {name: values.cpu().double().split(batch.counts) for name, values in metrics.items()}
+    return [
+        ItemMetrics(
+            tokens=count,
+            sums={name: pieces[k].sum().item() for name, pieces in split.items()},
+            maxima={"ratio": split["ratio"][k].max().item()} if "ratio" in split else {},
+        )
+        for k, count in enumerate(batch.counts)
+    ]

@@ -1,0 +1,260 @@
+"""What a student is trained to do: pure losses over tensors, one class per objective.
+
+Formulas, signs and reductions: `docs/formulas.md`. Logits come in already divided by the common
+temperature; every tensor is aligned over n trained tokens. A loss is per token: the learner weighs it,
+so no objective knows about batches, packing or ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from errors import ConfigError
+from models.types import SignalKind
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Streams over n trained tokens. `teacher_logits` is there for objectives that need kind FULL."""
+
+    ids: Int[Tensor, " n"]
+    sampler_logprobs: Float[Tensor, " n"]
+    teacher_logprobs: Float[Tensor, " n"] | None = None
+    teacher_logits: Float[Tensor, "n v"] | None = None
+    advantages: Float[Tensor, " n"] | None = None  # given by `Objective.advantages`, if it looks ahead
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    loss: Float[Tensor, " n"]
+    metrics: dict[str, Float[Tensor, " n"]]  # detached, per token; the learner takes sum/sum means
+
+
+class Objective(Protocol):
+    need: SignalKind
+    looks_ahead: bool  # True: `advantages` needs the whole episode's logprobs before any loss
+
+    def loss(self, logits: Float[Tensor, "n v"], batch: TokenBatch) -> LossOutput: ...
+
+    def advantages(
+        self, logprobs: Float[Tensor, " n"], batch: TokenBatch, lengths: Sequence[int]
+    ) -> Float[Tensor, " n"]: ...
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """log softmax(logits)[ids] whose backward makes one `[n, v]` tensor instead of three."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, ids: Tensor) -> Tensor:
+        lse = logits.logsumexp(-1)
+        ctx.save_for_backward(logits, ids, lse)
+        return logits.gather(1, ids[:, None])[:, 0] - lse
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        logits, ids, lse = ctx.saved_tensors
+        out = (logits - lse[:, None]).exp_().mul_(-grad[:, None])
+        out.scatter_add_(1, ids[:, None], grad[:, None])
+        return out, None
+
+
+def token_logprobs(logits: Float[Tensor, "n v"], ids: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Log-probability of `ids` under softmax(logits)."""
+    return _TokenLogprobs.apply(logits, ids)  # type: ignore[return-value]
+
+
+def discounted_sums(values: Float[Tensor, " n"], lengths: Sequence[int], discount: float) -> Float[Tensor, " n"]:
+    """A_i = sum over later sampled tokens j of the same episode of discount**(rank j - rank i) * a_j.
+
+    `lengths` splits the n sampled tokens by episode; tokens of the environment are not among them, so
+    they take no time.
+    """
+    if discount == 0:
+        return values
+    out = values.double().cpu().clone()
+    start = 0
+    for length in lengths:
+        piece = out[start : start + length].numpy()
+        for i in range(length - 2, -1, -1):
+            piece[i] += discount * piece[i + 1]
+        start += length
+    return out.to(values)
+
+
+CLIP_DEFAULTS = {"ppo": (0.8, 1.2), "cispo": (0.0, 4.0)}
+
+
+@dataclass(frozen=True)
+class ReverseKL:
+    """Policy gradient on the sampled reverse KL (SEMANTICS section 2, after the "on-policy distillation"
+    of Thinking Machines Lab and Agarwal et al. 2023, arXiv 2306.13649).
+
+    `k = log pi - log pi_T`, `a = -coef * k` with the live policy detached, discounted over the future,
+    times the importance ratio pi / pi_sampler.
+    """
+
+    coef: float = 1.0
+    discount: float = 0.0
+    variant: Literal["importance_sampling", "ppo", "cispo"] = "importance_sampling"
+    clip_low: float | None = None  # None: the variant's usual bounds, `CLIP_DEFAULTS`
+    clip_high: float | None = None
+    is_cap: float = 5.0
+    advantage_clip: float | None = None
+    signal_policy: Literal["current", "sampler"] = "current"
+    need: SignalKind = SignalKind.SAMPLED
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.discount <= 1:
+            raise ConfigError(f"kl_discount_factor={self.discount}: expected a number from 0 to 1")
+        low, high = self.clip
+        if not 0 <= low <= high:
+            raise ConfigError(f"clip thresholds {low}, {high}: expected 0 <= low <= high")
+        if self.variant not in CLIP_DEFAULTS and (self.clip_low, self.clip_high) != (None, None):
+            raise ConfigError(f"loss_fn={self.variant} does not clip: leave the clip thresholds out")
+        if self.is_cap <= 0 or (self.advantage_clip is not None and self.advantage_clip <= 0):
+            raise ConfigError("is_cap and advantage_clip must be positive")
+
+    @property
+    def clip(self) -> tuple[float, float]:
+        low, high = CLIP_DEFAULTS.get(self.variant, (0.0, math.inf))
+        return (
+            low if self.clip_low is None else self.clip_low,
+            high if self.clip_high is None else self.clip_high,
+        )
+
+    @property
+    def looks_ahead(self) -> bool:
+        return self.discount > 0
+
+    def advantages(self, logprobs, batch, lengths):
+        return discounted_sums(self._token_advantages(logprobs, batch), lengths, self.discount)
+
+    def _token_advantages(self, logprobs: Float[Tensor, " n"], batch: TokenBatch) -> Float[Tensor, " n"]:
+        assert batch.teacher_logprobs is not None
+        policy = logprobs.detach() if self.signal_policy == "current" else batch.sampler_logprobs
+        advantages = -self.coef * (policy - batch.teacher_logprobs)
+        if self.advantage_clip is not None:
+            advantages = advantages.clamp(-self.advantage_clip, self.advantage_clip)
+        return advantages
+
+    def loss(self, logits, batch):
+        assert batch.teacher_logprobs is not None
+        logprobs = token_logprobs(logits, batch.ids)
+        own = self._token_advantages(logprobs, batch)
+        advantages = own if batch.advantages is None else batch.advantages
+        log_ratio = logprobs - batch.sampler_logprobs
+        # Truncated before the exponential: a runaway ratio must not overflow on its way to the cap.
+        ratio = log_ratio.clamp(-20.0, min(20.0, math.log(self.is_cap))).exp()
+        if self.variant == "importance_sampling":
+            loss = -ratio * advantages
+        elif self.variant == "ppo":
+            loss = -torch.minimum(ratio * advantages, ratio.clamp(*self.clip) * advantages)
+        else:
+            weight = log_ratio.detach().clamp(-20.0, 20.0).exp().clamp(*self.clip)
+            loss = -weight * advantages * logprobs
+        live = logprobs.detach()
+        metrics = {
+            "kl": live - batch.teacher_logprobs,
+            **ratio_metrics(live, batch.sampler_logprobs, self.is_cap),
+        }
+        if self.advantage_clip is not None:
+            metrics["advantage_clipped"] = (own.abs() >= self.advantage_clip).float()
+        return LossOutput(loss, metrics)
+
+
+def ratio_metrics(
+    logprobs: Float[Tensor, " n"], sampler_logprobs: Float[Tensor, " n"], is_cap: float
+) -> dict[str, Float[Tensor, " n"]]:
+    """How far the learner is from the sampler. `mismatch_kl` is Schulman's k3 estimate of KL(sampler || learner)."""
+    log_ratio = (logprobs - sampler_logprobs).clamp(-20.0, 20.0)
+    ratio = log_ratio.exp()
+    return {"ratio": ratio, "ratio_truncated": (ratio > is_cap).float(), "mismatch_kl": ratio - 1 - log_ratio}
+
+
+@dataclass(frozen=True)
+class JSD:
+    """Generalised Jensen-Shannon divergence over the full vocabulary (SEMANTICS section 3; Agarwal et al.
+    2023, equation 1): `beta=0` is KL(teacher || student), `beta=1` KL(student || teacher)."""
+
+    beta: float = 1.0
+    need: SignalKind = field(default=SignalKind.FULL, init=False)
+    looks_ahead: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.beta <= 1:
+            raise ConfigError(f"beta={self.beta}: expected a number from 0 to 1")
+        if 0 < self.beta < 0.05 or 0.95 < self.beta < 1:
+            warnings.warn(
+                f"beta={self.beta}: near 0 and 1 the divergence tends to 0, not to the KL at the endpoint; "
+                "use beta=0 or beta=1 for these",
+                stacklevel=3,
+            )
+
+    def advantages(self, logprobs, batch, lengths):
+        raise NotImplementedError("a distribution loss has no advantages")
+
+    def loss(self, logits, batch):
+        assert batch.teacher_logits is not None
+        student = logits.log_softmax(-1)  # [n, v]
+        teacher = batch.teacher_logits.log_softmax(-1)
+        loss = divergence(student, teacher, self.beta)
+        live = student.detach().gather(1, batch.ids[:, None])[:, 0]
+        sampled_kl = live - teacher.gather(1, batch.ids[:, None])[:, 0]
+        metrics = {"kl": sampled_kl, **ratio_metrics(live, batch.sampler_logprobs, math.inf)}
+        if self.beta == 1:
+            metrics["exact_kl"] = loss.detach()
+        return LossOutput(loss, metrics)
+
+
+def divergence(student: Float[Tensor, "n v"], teacher: Float[Tensor, "n v"], beta: float) -> Float[Tensor, " n"]:
+    """JSD_beta of log-probabilities, natural logs, no temperature factor."""
+    if beta == 1:
+        return _ReverseKLRows.apply(student, teacher)  # type: ignore[return-value]
+    if beta == 0:
+        return (teacher.exp() * (teacher - student)).sum(-1)
+    mixture = torch.logaddexp(student + math.log1p(-beta), teacher + math.log(beta))
+    to_teacher = (teacher.exp() * (teacher - mixture)).sum(-1)
+    to_student = (student.exp() * (student - mixture)).sum(-1)
+    return beta * to_teacher + (1 - beta) * to_student
+
+
+class _ReverseKLRows(torch.autograd.Function):
+    """KL(s || t) per row of log-probabilities; the gradient in log s is s * (log s - log t + 1).
+
+    The gradient is formed in place of the difference that the forward pass made.
+    """
+
+    @staticmethod
+    def forward(ctx, student: Tensor, teacher: Tensor) -> Tensor:
+        gap = student - teacher
+        probabilities = student.exp()
+        ctx.save_for_backward(gap, probabilities)
+        return (probabilities * gap).sum(-1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        gap, probabilities = ctx.saved_tensors
+        return (gap + 1).mul_(probabilities).mul_(grad[:, None]), None
+
+
+@dataclass(frozen=True)
+class SFT:
+    """Cross-entropy on the given tokens; needs no teacher. The demo's models are made with it."""
+
+    need: SignalKind = field(default=SignalKind.NONE, init=False)
+    looks_ahead: bool = field(default=False, init=False)
+
+    def advantages(self, logprobs, batch, lengths):
+        raise NotImplementedError("cross-entropy has no advantages")
+
+    def loss(self, logits, batch):
+        loss = -token_logprobs(logits, batch.ids)
+        return LossOutput(loss, {"nll": loss.detach()})
