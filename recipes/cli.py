@@ -1,0 +1,222 @@
+"""Turns `key=value` arguments into a config, and every mistake into one message and an exit code.
+
+    if __name__ == "__main__":
+        run_cli(main, Config, presets=preset_of_dataset)
+
+Layers, later wins: the config's defaults, the preset chosen by the given pairs, the pairs.
+
+Exit codes: 0 fine or `--help`, 1 a run failed (`ProtegeError`), 2 the user's mistake (`UserError`,
+unknown option, wrong type), 130 Ctrl-C. Anything else is a bug and keeps its traceback.
+
+`chz.entrypoint` is not used: it prints through a decorator that exits with 1 for a typo, and that
+re-raises when pytest is running. Its `Blueprint` does the work below it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
+
+import chz
+from chz.blueprint import (
+    ConstructionException,
+    ExtraneousBlueprintArg,
+    InvalidBlueprintArg,
+    MissingBlueprintArg,
+)
+from chz.tiepin import type_repr
+from chz.util import MISSING
+
+from errors import ConfigError, ProtegeError, UserError
+
+ConfigT = TypeVar("ConfigT")
+Presets = Callable[[dict[str, str]], Mapping[str, Any]]
+"""From the raw given pairs to the values that replace defaults, e.g. those of the chosen dataset."""
+
+
+def run_cli(
+    main: Callable[[ConfigT], int | None],
+    config_class: type[ConfigT],
+    *,
+    presets: Presets | None = None,
+    argv: Sequence[str] | None = None,
+) -> NoReturn:
+    """Parse `argv`, call `main` with the config, and exit with its code (None: 0)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if {"--help", "-h"} & set(arguments):
+            print(help_text(config_class, presets, arguments))
+            code = 0
+        else:
+            code = main(parse_config(config_class, arguments, presets=presets)) or 0
+    except BaseException as error:
+        code = _report(error)
+        if code is None:
+            raise
+    sys.exit(code)
+
+
+def parse_config(config_class: type[ConfigT], argv: Sequence[str], *, presets: Presets | None = None) -> ConfigT:
+    """The config for `argv`. Raises ConfigError for anything that the user can fix."""
+    given = _pairs(argv)
+    blueprint = chz.Blueprint(config_class)
+    if presets is not None:
+        blueprint.apply(dict(presets(dict(given))), layer_name="preset")
+    blueprint.apply_from_argv([f"{key}={value}" for key, value in given.items()])
+    try:
+        return blueprint.make()
+    except (ConstructionException, ExtraneousBlueprintArg, InvalidBlueprintArg, MissingBlueprintArg) as error:
+        raise ConfigError(_explain(str(error), config_class, given)) from error
+    except (ValueError, TypeError) as error:
+        # why: chz's validators and `chz.validate` methods complain with these, about given values;
+        # X_ is chz's name for a field before munging, which no user knows
+        raise ConfigError(re.sub(r"\bX_(?=\w)", "", str(error))) from error
+
+
+def _pairs(argv: Sequence[str]) -> dict[str, str]:
+    """`key=value` arguments as a dict. The last of equal keys wins, as a shell user expects."""
+    pairs: dict[str, str] = {}
+    for position, argument in enumerate(argv):
+        key, equals, value = argument.partition("=")
+        name = key.lstrip("-")
+        if key.startswith("-") and name:
+            following = argv[position + 1] if position + 1 < len(argv) else "VALUE"
+            hint = f"{name}={value if equals else following}"
+            raise ConfigError(f"{argument!r}: options are given without dashes. Write {hint}")
+        if not equals or not name:
+            raise ConfigError(f"{argument!r} is not an option: options are given as key=value")
+        if key.endswith("..."):
+            raise ConfigError(f"{argument!r}: a wildcard cannot end an option's name")
+        pairs[key] = value
+    return pairs
+
+
+# Options
+
+
+@dataclass(frozen=True)
+class Option:
+    """One field of the config, nested ones with dots."""
+
+    name: str
+    type: Any
+    default: str  # as shown by --help
+    doc: str
+
+    @property
+    def expected(self) -> str:
+        if typing.get_origin(self.type) is typing.Literal:
+            return "one of " + ", ".join(map(str, typing.get_args(self.type)))
+        return type_repr(self.type)
+
+
+def options(config_class: type, prefix: str = "", instance: Any = None) -> Iterator[Option]:
+    """Every option of a chz class, depth first, in order of declaration.
+
+    `instance` is the default that a config gives for this nested class, if it gives one."""
+    for name, field in chz.chz_fields(config_class).items():
+        value: Any = "(required)"
+        if instance is not None:
+            value = getattr(instance, name)
+        elif field._default is not MISSING:
+            value = field._default
+        elif field._default_factory is not MISSING:
+            value = typing.cast(Callable[[], Any], field._default_factory)()
+        nested = _nested_class(field.x_type)
+        yield Option(prefix + name, field.x_type, "''" if value == "" else str(value), field._doc)
+        if nested is not None:
+            yield from options(nested, f"{prefix}{name}.", value if isinstance(value, nested) else None)
+
+
+def _nested_class(annotation: Any) -> type | None:
+    """The chz class that an annotation holds, alone or as `Class | None`."""
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    members = typing.get_args(annotation) if is_union else (annotation,)
+    nested = [member for member in members if isinstance(member, type) and chz.is_chz(member)]
+    return nested[0] if len(nested) == 1 else None
+
+
+def help_text(config_class: type, presets: Presets | None = None, argv: Sequence[str] = ()) -> str:
+    """Every option with its type, default and doc. A given preset's values replace the defaults."""
+    preset: Mapping[str, Any] = {}
+    if presets is not None:
+        try:
+            preset = presets(_pairs([argument for argument in argv if argument not in ("--help", "-h")]))
+        except UserError:
+            preset = {}  # why: help must come out, above all for somebody who typed a wrong option
+    module = getattr(sys.modules.get("__main__"), "__spec__", None)
+    lines = [f"python -m {module.name if module else 'recipes.NAME'} key=value ...", ""]
+    if config_class.__doc__:
+        lines += [textwrap.dedent(config_class.__doc__).strip(), ""]
+    lines.append("Options:")
+    for option in options(config_class):
+        value = f"={preset[option.name]} (preset)" if option.name in preset else f"={option.default}"
+        if _nested_class(option.type) is not None and option.name not in preset:
+            value = ".*"
+        lines.append(f"  {option.name}{value}  ({option.expected})")
+        if option.doc:
+            lines += textwrap.wrap(option.doc, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
+
+
+# chz's messages, in the user's words
+
+
+def _explain(message: str, config_class: type, given: Mapping[str, str]) -> str:
+    """chz's message about a bad pair, as: what was given, what was expected, the way out."""
+    known = {option.name: option for option in options(config_class)}
+    if found := re.match(r"Extraneous argument '(.+)' to Blueprint", message):
+        return _explain_unknown(found[1], known)
+    if found := re.match(r"Missing required arguments for parameter\(s\): (.+)", message):
+        missing = "\n".join(f"  {name}=  ({known[name].expected})" for name in found[1].split(", ") if name in known)
+        return f"missing: {found[1]}\n{missing}\n--help lists every option"
+    # why: chz names the parameter in one of its two messages about a failed cast, only the value in the other
+    named = re.match(r"Could not interpret argument .* provided for param '(.+)'\.\.\.", message)
+    value_only = re.match(r"Could not cast '(.*)' to ", message)
+    name = named[1] if named else None
+    if value_only:
+        name = next((key for key, value in given.items() if value == value_only[1]), None)
+    if name in known:
+        reason = re.search(r"as a value:\n(.*?)(?:\n\n- Failed|\Z)", message, re.DOTALL)
+        why = reason[1] if reason and not reason[1].startswith("Could not cast") else ""
+        return f"{name}={given.get(name, '')}: expected {known[name].expected}" + (f" ({why})" if why else "")
+    return message
+
+
+def _explain_unknown(key: str, known: Mapping[str, Option]) -> str:
+    by_leaf: dict[str, str] = {}
+    for name in known:
+        by_leaf.setdefault(name.rpartition(".")[2], name)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    # why: `lora_rank` where `model.lora_rank` is meant, and the reverse, are far apart as strings
+    near = near or [by_leaf[leaf] for leaf in difflib.get_close_matches(key.rpartition(".")[2], by_leaf, n=1)]
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return f"unknown option {key}.{hint}\n--help lists every option"
+
+
+def _report(error: BaseException) -> int | None:
+    """Print an expected error to stderr and return its exit code; None for a bug."""
+    leaves = _leaves(error)
+    if any(isinstance(leaf, KeyboardInterrupt) for leaf in leaves):
+        print("interrupted", file=sys.stderr)
+        return 130
+    if not all(isinstance(leaf, ProtegeError) for leaf in leaves):
+        return None
+    for text in dict.fromkeys(str(leaf) for leaf in leaves):
+        # why: not rich, which breaks long lines, and with them the paths that a user copies
+        print(f"error: {text}", file=sys.stderr)
+    return 2 if any(isinstance(leaf, UserError) for leaf in leaves) else 1
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    """The errors inside nested exception groups, which is how task groups raise them."""
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for member in error.exceptions for leaf in _leaves(member)]
+    return [error]
