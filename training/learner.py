@@ -7,10 +7,12 @@ chunk of logits exists; then the collected gradient goes back through the trunk.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -37,11 +39,10 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ItemMetrics:
-    """Per-token metrics of one episode, summed over its `tokens` trained tokens."""
+    """What the objective measured on one episode, per trained token."""
 
     tokens: int
-    sums: dict[str, float]
-    maxima: dict[str, float]
+    values: dict[str, np.ndarray]  # float64 [tokens] each
 
 
 class Learner:
@@ -108,7 +109,7 @@ class Learner:
         try:
             state = torch.load(path / "trainer_state" / "optimizer.pt", weights_only=True, map_location="cpu")
             self._optimizer.load_state_dict(state)
-        except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
             raise CheckpointError(f"{path}: the optimizer's state cannot be read: {error}") from error
 
     def _run(self, items: Sequence[TrainingItem], objective: Objective, train: bool) -> list[ItemMetrics]:
@@ -228,12 +229,8 @@ def _run_ends(batch: PackedBatch, need: SignalKind) -> list[int]:
 
 
 def _per_item(batch: PackedBatch, metrics: dict[str, Float[Tensor, " n"]]) -> list[ItemMetrics]:
-    split = {name: values.cpu().double().split(batch.counts) for name, values in metrics.items()}
+    split = {name: values.double().cpu().split(batch.counts) for name, values in metrics.items()}
     return [
-        ItemMetrics(
-            tokens=count,
-            sums={name: pieces[k].sum().item() for name, pieces in split.items()},
-            maxima={"ratio": split["ratio"][k].max().item()} if "ratio" in split else {},
-        )
+        ItemMetrics(count, {name: pieces[k].numpy() for name, pieces in split.items()})
         for k, count in enumerate(batch.counts)
     ]

@@ -39,8 +39,13 @@ class LossOutput:
 
 
 class Objective(Protocol):
-    need: SignalKind
-    looks_ahead: bool  # True: `advantages` needs the whole episode's logprobs before any loss
+    @property
+    def need(self) -> SignalKind: ...
+
+    @property
+    def looks_ahead(self) -> bool:
+        """True: `advantages` needs the whole episode's logprobs before any loss."""
+        ...
 
     def loss(self, logits: Float[Tensor, "n v"], batch: TokenBatch) -> LossOutput: ...
 
@@ -163,6 +168,7 @@ class ReverseKL:
         live = logprobs.detach()
         metrics = {
             "kl": live - batch.teacher_logprobs,
+            "teacher_logprob": batch.teacher_logprobs,
             **ratio_metrics(live, batch.sampler_logprobs, self.is_cap),
         }
         if self.advantage_clip is not None:
@@ -207,8 +213,12 @@ class JSD:
         teacher = batch.teacher_logits.log_softmax(-1)
         loss = divergence(student, teacher, self.beta)
         live = student.detach().gather(1, batch.ids[:, None])[:, 0]
-        sampled_kl = live - teacher.gather(1, batch.ids[:, None])[:, 0]
-        metrics = {"kl": sampled_kl, **ratio_metrics(live, batch.sampler_logprobs, math.inf)}
+        judged = teacher.gather(1, batch.ids[:, None])[:, 0]
+        metrics = {
+            "kl": live - judged,
+            "teacher_logprob": judged,
+            **ratio_metrics(live, batch.sampler_logprobs, math.inf),
+        }
         if self.beta == 1:
             metrics["exact_kl"] = loss.detach()
         return LossOutput(loss, metrics)
