@@ -95,9 +95,14 @@ class StepResult:
 class Env(Protocol):
     """Token-level environment of one episode, single use."""
 
-    stop: StopCondition
-    max_generation_tokens: int  # per turn
-    max_trajectory_tokens: int  # prompt and all turns
+    @property
+    def stop(self) -> StopCondition: ...
+
+    @property
+    def max_generation_tokens(self) -> int: ...  # per turn
+
+    @property
+    def max_trajectory_tokens(self) -> int: ...  # prompt and all turns
 
     async def initial_observation(self) -> Observation: ...
 
@@ -108,10 +113,17 @@ class EnvGroupBuilder(Protocol):
     """Picklable recipe for the environments of one dataset row. Carries its dataset's and teacher's
     name, so dropping a group can never shift another's."""
 
-    dataset: str
-    row_id: str
-    teacher: str
-    teacher_messages: tuple[Message, ...] | None  # privileged context, None: the teacher sees the prompt
+    @property
+    def dataset(self) -> str: ...
+
+    @property
+    def row_id(self) -> str: ...
+
+    @property
+    def teacher(self) -> str: ...
+
+    @property
+    def teacher_messages(self) -> tuple[Message, ...] | None: ...  # privileged; None: it sees the prompt
 
     async def make_envs(self) -> Sequence[Env]: ...
 

@@ -2,7 +2,8 @@
 
 transformers looks an attention function up by name. Ours takes a `layout` that says which tokens of
 the one flat row belong together, and attends sequence by sequence: no `[T, T]` mask, no padded
-keys, no repeated key-value heads. A call without a layout behaves as transformers' own `sdpa`.
+keys, no repeated key-value heads. A call without a layout behaves as transformers' own `sdpa`,
+but for what `sdpa` silently leaves out (soft caps, sinks): that is an error.
 """
 
 from __future__ import annotations
@@ -181,17 +182,31 @@ class Decode:
         return self._bias[window, dtype]
 
 
-_in_layout: contextvars.ContextVar[bool] = contextvars.ContextVar("protege_in_layout", default=False)
+@dataclass
+class Windows:
+    """The window sizes of the masks a model asked for, and those its layers told us."""
+
+    asked: set[int] = field(default_factory=set)
+    told: set[int] = field(default_factory=set)
+
+    def check(self) -> None:
+        """Raises `ModelError` if a layer is windowed (or chunked) by its mask alone, which we never build."""
+        if self.asked - self.told:
+            raise ModelError(f"packed attention is not told of the window of {sorted(self.asked - self.told)} tokens")
+
+
+_windows: contextvars.ContextVar[Windows | None] = contextvars.ContextVar("protege_windows", default=None)
 
 
 @contextmanager
-def no_mask() -> Iterator[None]:
+def no_mask() -> Iterator[Windows]:
     """Within, the model builds no attention mask: a layout does its work."""
-    token = _in_layout.set(True)
+    windows = Windows()
+    token = _windows.set(windows)
     try:
-        yield
+        yield windows
     finally:
-        _in_layout.reset(token)
+        _windows.reset(token)
 
 
 def attention(
@@ -207,18 +222,28 @@ def attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface. Raises `ModelError` for features that a layout cannot honour."""
+    for name in ("softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise ModelError(f"attention without {name} is not this model; use attn_implementation=eager for it")
     if layout is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    for name in ("softcap", "s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise ModelError(f"packed attention has no {name}; use attn_implementation=eager for this model")
+    if kwargs.get("position_bias") is not None:
+        raise ModelError("packed attention has no position_bias; use attn_implementation=sdpa for this model")
+    windows = _windows.get()
+    if windows is not None and sliding_window is not None:
+        windows.told.add(sliding_window)
     return layout.attend(module.layer_idx, query, key, value, scaling, sliding_window).contiguous(), None  # type: ignore[arg-type]
 
 
-def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    return None if _in_layout.get() else sdpa_mask(*args, **kwargs)
+def _mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
+    windows = _windows.get()
+    if windows is None:
+        return sdpa_mask(*args, local_size=local_size, **kwargs)
+    if local_size is not None:
+        windows.asked.add(local_size)
+    return None
 
 
 AttentionInterface.register(NAME, attention)

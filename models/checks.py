@@ -109,8 +109,9 @@ def common_temperature(sampling: float, teachers: Mapping[str, float | None]) ->
 
 async def probe_scorer(scorer: Scorer, view: TeacherView) -> None:
     """Score one view twice. Raises `TeacherError` unless both answers are there and agree."""
-    first, second = [(await scorer.score([view], SignalKind.SAMPLED))[0].logprobs for _ in range(2)]
-    if first is None or second is None or len(first) != len(view.positions):
+    answers = [await scorer.score([view], SignalKind.SAMPLED) for _ in range(2)]
+    first, second = [signals[0].logprobs if len(signals) == 1 else None for signals in answers]
+    if first is None or second is None or not len(first) == len(second) == len(view.positions):
         raise TeacherError(f"teacher {scorer.name} did not return a logprob for every token asked for")
     gap = (first - second).abs().max().item()
     if gap > REPEAT_TOLERANCE or (first > 1e-4).any():

@@ -17,8 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from errors import ModelError
 from models.attention import Decode, Extend, SlotCache
-from models.causal_lm import CausalLM
+from models.causal_lm import TOLERANCE, CausalLM
 
 PREFILL_TOKENS = 4096  # of one forward, bounds its activations
 
@@ -44,7 +45,11 @@ class Stepper(Protocol):
 
 
 def make_stepper(lm: CausalLM, slots: int) -> Stepper:
-    return SlotStepper(lm, slots) if lm.packed else PaddedStepper(lm, slots)
+    if lm.packed:
+        return SlotStepper(lm, slots)
+    stepper = PaddedStepper(lm, slots)
+    stepper.check()
+    return stepper
 
 
 @dataclass
@@ -187,11 +192,29 @@ class PaddedStepper:
             inputs[self._cache_key] = self._cache
         if self.lm.model.config.model_type not in _NO_POSITIONS:
             inputs["position_ids"] = positions
+        elif self._cache is not None:
+            inputs["attention_mask"] = None  # it would be laid over the new token alone
         with self.lm.precision():
             out = self.lm.trunk(**inputs)
         self._cache_key = "past_key_values" if getattr(out, "past_key_values", None) is not None else "cache_params"
         self._cache = out[self._cache_key]
         return out.last_hidden_state[self._rows, -1]
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Raises `ModelError` unless left padding and the model's own cache give what whole sequences give."""
+        if self.slots < 2:
+            return  # never padded
+        sequences = [[1, 2, 3, 4, 5], [5, 4, 3]]
+        rows = [self.prefill([ids[:-1] for ids in sequences]), self.decode([ids[-1] for ids in sequences])]
+        self.forget()
+        whole = self.lm.hidden([torch.tensor(ids) for ids in sequences])[[3, 6, 4, 7]]
+        ours, theirs = (self.lm.logits(hidden).log_softmax(-1) for hidden in (torch.cat(rows), whole))
+        if not (difference := (ours - theirs).abs().max().item()) <= TOLERANCE[self.lm.compute_dtype]:
+            raise ModelError(
+                f"{self.lm.model.config.name_or_path or type(self.lm.model).__name__}: generating in left-padded "
+                f"batches changes its logprobs by {difference:.3g}; this architecture needs slots=1"
+            )
 
     def release(self, row: int) -> None:
         self._rows[row] = self._rows[-1]

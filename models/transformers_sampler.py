@@ -73,8 +73,15 @@ class TransformersSampler:
     async def __aexit__(self, *exc: object) -> None:
         assert self._tasks is not None
         self._tasks.cancel_scope.cancel()
-        await self._tasks.__aexit__(None, None, None)
-        self._tasks = None
+        try:
+            await self._tasks.__aexit__(None, None, None)
+        finally:
+            self._tasks = None
+            for request in (*self._running, *self._waiting):  # nobody else would ever answer them
+                request.error = SamplerError("it was closed while the request was in flight")
+                request.done.set()
+            self._running, self._waiting = [], deque()
+            self._stepper.forget()
 
     async def sample(self, prompt_ids: Sequence[int], params: SamplingParams) -> Sampled:
         """Sample one turn after `prompt_ids`. Raises `SamplerError` if the engine fails."""
@@ -97,8 +104,10 @@ class TransformersSampler:
 
     async def update_weights(self, version: int) -> None:
         """The model's weights changed in place: forget what was computed with the old ones."""
-        if self._running or self._waiting:
+        if any(not request.cancelled for request in (*self._running, *self._waiting)):
             raise SamplerError("weights cannot change while requests are running")
+        while self._running or self._waiting:  # cancelled: the driver drops them at its next look
+            await anyio.sleep(0.001)
         self._stepper.forget()
         self._version = version
 
@@ -120,18 +129,21 @@ class TransformersSampler:
         try:
             with torch.no_grad():
                 return self._admit() or self._decode()
-        except Exception as error:  # a failing engine fails its requests; the loop drops and counts them
-            failed = self._running + list(self._waiting)
+        except Exception as error:  # a failing engine fails its batch; the loop drops and counts them
+            failed, self._running = self._running, []
             for request in failed:
                 request.error = error
-            self._running = []
-            self._waiting.clear()
             self._stepper.forget()
             return failed
 
     def _admit(self) -> list[_Request]:
         self._drop_cancelled()
-        new = [self._waiting.popleft() for _ in range(min(self._stepper.room(), len(self._waiting)))]
+        new: list[_Request] = []
+        # Pops only: the event loop appends meanwhile.
+        while self._waiting and len(new) < self._stepper.room():
+            request = self._waiting.popleft()
+            if not request.cancelled:
+                new.append(request)
         if not new:
             return []
         self._running += new
@@ -188,7 +200,6 @@ class TransformersSampler:
         for row in reversed(range(len(self._running))):
             if self._running[row].cancelled:
                 self._release(row)
-        self._waiting = deque(request for request in self._waiting if not request.cancelled)
 
 
 def draw(

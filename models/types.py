@@ -40,6 +40,8 @@ class TeacherView:
     def __post_init__(self) -> None:
         if len(self.positions) != len(self.student_positions):
             raise ValueError(f"{len(self.positions)} teacher positions, {len(self.student_positions)} of the student")
+        if len(self.positions) and not 0 < self.positions.min() <= self.positions.max() < len(self.token_ids):
+            raise ValueError("a scored token needs one before it that predicts it: positions outside 1 … T-1")
 
 
 class Head(Protocol):

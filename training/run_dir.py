@@ -98,6 +98,11 @@ class RunDir:
             self._lock.close()
             self._lock = None
 
+    def discard_if_empty(self) -> None:
+        """Remove the folder if nothing was recorded in it: a run that could not even load its models."""
+        if not self.resumed and not self.metrics_path.exists() and not self.checkpoints():
+            remove(self.path)
+
     def _prepare(self, config: dict[str, Any]) -> None:
         """Write the config, then make the folders and clear what a killed run left half-done."""
         write_atomic(self.config_path, json.dumps({"protege_run": 1, "config": config}, indent=2) + "\n")

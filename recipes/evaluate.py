@@ -1,0 +1,118 @@
+"""Evaluate any model on held-out rows: accuracy with its error, length, truncation, and the KL to a teacher.
+
+    python -m recipes.evaluate model_name=embedded:student dataset=arithmetic
+    python -m recipes.evaluate model_name=./run/checkpoints/step_000100 dataset=gsm8k teacher_model=./teacher
+
+Prints a table, and with `output_path=` writes the numbers as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Literal
+
+import anyio
+import chz
+
+from envs.datasets import Dataset
+from envs.sources import load_dataset_rows
+from errors import ConfigError, DataError
+from recipes import setup
+from recipes.cli import run_cli
+from recipes.config import TrainConfig
+from training.atomic import write_atomic
+from training.evaluation import Judge, evaluate
+
+
+@chz.chz
+class Config:
+    """Evaluation of one model on one dataset's held-out rows."""
+
+    model_name: str = chz.field(doc="hub id, local folder (a checkpoint too) or .gguf file")
+    load_checkpoint_path: str | None = chz.field(default=None, doc="weights to use instead: HF folder or adapter")
+    teacher_model: str | None = chz.field(default=None, doc="also measure the reverse KL to this model")
+    teacher_checkpoint: str | None = chz.field(default=None, doc="the teacher's weights: HF folder or adapter")
+    dataset: str = chz.field(default="arithmetic", doc="arithmetic, deepmath, tulu3, gsm8k, or a path to JSONL")
+    dataset_path: str | None = chz.field(default=None, doc="a local copy of the named dataset: file or folder")
+    eval_size: int = chz.field(default=500, doc="at most this many held-out rows")
+    samples: int = chz.field(default=1, doc="sampled attempts per row; 0: greedy only")
+    temperature: float = chz.field(default=1.0, doc="of the sampled attempts")
+    max_tokens: int = chz.field(default=512, doc="longest answer, in tokens")
+    system_prompt: str | None = chz.field(default=None, doc="system message for rows that have none")
+    chat_template_kwargs: str = chz.field(default="{}", doc="JSON object for the chat template")
+    sampler_slots: int = chz.field(default=64, doc="largest batch of concurrent generation")
+    device: str = chz.field(default="auto", doc="auto, cpu, cuda or cuda:N")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = chz.field(default="auto", doc="of the computation")
+    seed: int = 0
+    output_path: str | None = chz.field(default=None, doc="write the numbers to this JSON file")
+
+    @chz.validate
+    def _check(self) -> None:
+        if self.eval_size < 1:
+            raise ConfigError(f"eval_size={self.eval_size}: expected 1 or more")
+        if self.teacher_checkpoint is not None and self.teacher_model is None:
+            raise ConfigError("teacher_checkpoint needs teacher_model, which names its tokenizer")
+        if self.teacher_model is not None and self.samples == 0:
+            raise ConfigError("the KL to a teacher is measured on sampled attempts: samples=0 leaves none")
+        self.as_training()
+
+    def as_training(self) -> TrainConfig:
+        """The same models as a training run would see them, which is how they are loaded and checked."""
+        return TrainConfig(
+            model_name=self.model_name,
+            load_checkpoint_path=self.load_checkpoint_path,
+            teacher_model=self.teacher_model or self.model_name,
+            teacher_checkpoint=self.teacher_checkpoint if self.teacher_model else self.load_checkpoint_path,
+            system_prompt=self.system_prompt,
+            teacher_system_prompt=self.system_prompt,
+            chat_template_kwargs=self.chat_template_kwargs,
+            teacher_chat_template_kwargs=self.chat_template_kwargs,
+            temperature=self.temperature,
+            max_tokens=self.max_tokens,
+            sampler_slots=self.sampler_slots,
+            device=self.device,
+            dtype=self.dtype,
+            seed=self.seed,
+        )
+
+
+def main(config: Config) -> None:
+    data = load_dataset_rows(config.dataset, config.dataset_path, eval_size=config.eval_size, seed=config.seed)
+    if not data.test:
+        raise DataError(f"{data.name} has no held-out rows")
+    training = config.as_training()
+    models = setup.check_models(training)
+    data = setup.check_prompt_lengths(data, models, max_tokens=config.max_tokens, max_prompt_tokens=None, drop=False)
+    metrics = anyio.run(_evaluate, config, data, models, training)
+    for name, value in metrics.items():
+        if not name.endswith("_se"):
+            error = metrics.get(f"{name}_se")
+            print(f"{name.removeprefix('eval/'):28} {value:.4f}" + (f" ± {error:.4f}" if error is not None else ""))
+    if config.output_path is not None:
+        write_atomic(Path(config.output_path), json.dumps({**chz.asdict(config), **metrics}, indent=2) + "\n")
+
+
+async def _evaluate(
+    config: Config, data: Dataset, models: setup.CheckedModels, training: TrainConfig
+) -> dict[str, float]:
+    parts = setup.build_engines(training, models, resume_from=None)
+    rows = setup.eval_set(data, models.student_renderer, training.teacher_model, config.max_tokens)
+    judge = None
+    if config.teacher_model is not None:
+        judge = Judge(parts.learner, {training.teacher_model: parts.teacher})
+    async with parts.sampler:
+        return await evaluate(
+            rows,
+            parts.sampler,
+            models.student_renderer,
+            temperature=config.temperature,
+            samples=config.samples,
+            seed=config.seed,
+            judge=judge,
+        )
+
+
+if __name__ == "__main__":
+    run_cli(main, Config, argv=sys.argv[1:])

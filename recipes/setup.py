@@ -1,0 +1,282 @@
+"""From options to the parts of a run, in two stages: `check` reads no weights, `build` loads them.
+
+Everything that can be refused is refused by `check`, before a folder is made or a weight is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import anyio
+import torch
+from transformers import GenerationConfig
+
+from envs.datasets import Dataset, Row
+from envs.prompt_only import PromptOnlyGroupBuilder
+from envs.rendering import Renderer, make_renderer
+from errors import ConfigError, DataError
+from models import attention
+from models.causal_lm import CausalLM
+from models.checks import PairReport, check_pair, default_device
+from models.cpu_matmul import use_fast_exact_matmul
+from models.loading import (
+    ModelSource,
+    add_lora,
+    check_source,
+    estimate_memory,
+    is_adapter,
+    load_config,
+    load_model,
+    load_tokenizer,
+    source_fingerprint,
+)
+from models.teacher_view import ViewMaker
+from models.transformers_sampler import TransformersSampler
+from models.transformers_scorer import TransformersScorer
+from recipes import embedded
+from recipes.config import TrainConfig
+from training.collect import Teacher
+from training.evaluation import EvalSet
+from training.learner import Learner
+
+
+@dataclass(frozen=True)
+class CheckedModels:
+    """A student and a teacher that were found to fit, with nothing loaded but their tokenizers."""
+
+    student: ModelSource
+    adapter: str | None  # a saved LoRA adapter that the student goes on from
+    teacher: ModelSource
+    student_renderer: Renderer
+    teacher_renderer: Renderer
+    report: PairReport
+    context_length: int | None  # of the shorter of the two
+    device: torch.device
+    compute_dtype: torch.dtype
+    shares_base: bool  # LoRA on the very weights that the teacher is
+
+    @property
+    def views(self) -> ViewMaker:
+        return ViewMaker(self.student_renderer, self.teacher_renderer)
+
+
+def check_models(config: TrainConfig) -> CheckedModels:
+    """Everything about the models that needs no weights. Raises `UserError`s."""
+    device = default_device(config.device)
+    student, adapter = student_source(config)
+    teacher = ModelSource(embedded.resolve(config.teacher_model), config.teacher_checkpoint)
+    for source in (student, teacher):
+        check_source(source)
+    ours, theirs = config.template_kwargs()
+    student_renderer = renderer_for(student, ours, config.system_prompt)
+    teacher_renderer = renderer_for(teacher, theirs, config.teacher_system_prompt)
+    for renderer in (student_renderer, teacher_renderer):
+        renderer.check()
+    return CheckedModels(
+        student=student,
+        adapter=adapter,
+        teacher=teacher,
+        student_renderer=student_renderer,
+        teacher_renderer=teacher_renderer,
+        report=check_pair(config.teacher_model, student_renderer, teacher_renderer),
+        context_length=_context_length(student, teacher),
+        device=device,
+        compute_dtype=config.compute_dtype(device),
+        shares_base=config.lora_rank > 0 and source_fingerprint(student) == source_fingerprint(teacher),
+    )
+
+
+def student_source(config: TrainConfig) -> tuple[ModelSource, str | None]:
+    """Where the student's weights come from, and the adapter that LoRA training goes on from."""
+    name = embedded.resolve(config.model_name)
+    checkpoint = config.load_checkpoint_path
+    if checkpoint is not None and config.lora_rank > 0 and is_adapter(checkpoint):
+        check_source(ModelSource(name, checkpoint))
+        return ModelSource(name), checkpoint
+    return ModelSource(name, checkpoint), None
+
+
+def renderer_for(source: ModelSource, kwargs: dict, system_prompt: str | None) -> Renderer:
+    return make_renderer(
+        load_tokenizer(source),
+        chat_template_kwargs=kwargs,
+        system_prompt=system_prompt,
+        name=source.name,
+        extra_stop_ids=_generation_stop_ids(source),
+    )
+
+
+def _generation_stop_ids(source: ModelSource) -> list[int]:
+    try:
+        ids = GenerationConfig.from_pretrained(source.name).eos_token_id
+    except (OSError, ValueError):  # it has none, as .gguf files do not
+        return []
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+
+
+def _context_length(*sources: ModelSource) -> int | None:
+    lengths = [getattr(load_config(s).get_text_config(), "max_position_embeddings", None) for s in sources]
+    return min((length for length in lengths if length), default=None)
+
+
+def check_prompt_lengths(
+    data: Dataset, models: CheckedModels, *, max_tokens: int, max_prompt_tokens: int | None, drop: bool
+) -> Dataset:
+    """Refuse, or `drop`, rows whose prompt leaves no room for `max_tokens`. Raises `DataError`, `ConfigError`."""
+    limit = max_prompt_tokens
+    if models.context_length is not None:
+        room = models.context_length - max_tokens
+        if room < 1:
+            raise ConfigError(f"max_tokens={max_tokens}: the models' context is {models.context_length} tokens")
+        limit = room if limit is None else min(limit, room)
+    if limit is None:
+        return data
+
+    def too_long(row: Row) -> bool:
+        for messages, renderer in (
+            (row.messages, models.student_renderer),
+            (row.teacher_messages or row.messages, models.teacher_renderer),
+        ):
+            # A token has at least one byte: most rows need no rendering to be seen to fit.
+            size = sum(len(str(m.get("content") or "").encode()) for m in messages) + 16 * len(messages) + 256
+            if size > limit and (tokens := len(renderer.prompt(messages))) > limit:
+                if not drop:
+                    raise DataError(
+                        f"{row.row_id}: its prompt has {tokens} tokens, the longest allowed is {limit} "
+                        f"(max_tokens={max_tokens} and the models' context decide). "
+                        "Shorten it, lower max_tokens, or set long_prompts=drop"
+                    )
+                return True
+        return False
+
+    kept = replace(
+        data, train=[r for r in data.train if not too_long(r)], test=[r for r in data.test if not too_long(r)]
+    )
+    if not kept.train:
+        raise DataError(f"{data.name}: every prompt is longer than {limit} tokens")
+    return kept
+
+
+def memory_lines(config: TrainConfig, models: CheckedModels) -> list[str]:
+    """What the run will hold, from shapes alone."""
+    weights_dtype = models.compute_dtype if config.lora_rank else torch.float32
+    student = estimate_memory(load_config(models.student), dtype=weights_dtype, lora_rank=config.lora_rank)
+    lines = [f"student {name}: {_gib(size)}" for name, size in student.items() if name != "total"]
+    total = student["total"]
+    if models.shares_base:
+        lines.append("teacher: shares the student's base weights")
+    else:
+        teacher = estimate_memory(load_config(models.teacher), dtype=models.compute_dtype, trained=False)["total"]
+        lines.append(f"teacher parameters: {_gib(teacher)}")
+        total += teacher
+    lines.append(f"in all: {_gib(total)}, and activations of {config.micro_batch_tokens} tokens at a time")
+    return lines
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"
+
+
+@dataclass
+class Engines:
+    """Loaded models and what runs on them. One limiter: engines on a device take turns."""
+
+    learner: Learner
+    sampler: TransformersSampler
+    teacher: Teacher
+    teacher_lm: CausalLM
+    limiter: anyio.CapacityLimiter = field(repr=False)
+
+
+def build_engines(config: TrainConfig, models: CheckedModels, resume_from: Path | None) -> Engines:
+    """Load the weights, the student's from a checkpoint of this run if there is one."""
+    use_fast_exact_matmul()
+    implementation = attention.NAME if config.attn_implementation == "auto" else config.attn_implementation
+    student_lm = _student(config, models, implementation, resume_from)
+    if models.shares_base:
+        teacher_lm = student_lm.without_adapter()
+    else:
+        teacher_model = load_model(
+            models.teacher, dtype=models.compute_dtype, device=models.device, attn_implementation=implementation
+        )
+        teacher_lm = CausalLM.verified(teacher_model.requires_grad_(False), compute_dtype=models.compute_dtype)
+    temperature = config.comparison_temperature()
+    limiter = anyio.CapacityLimiter(1)
+    scorer = TransformersScorer(
+        config.teacher_model,
+        teacher_lm,
+        temperature=temperature,
+        token_budget=config.micro_batch_tokens,
+        limiter=limiter,
+    )
+    return Engines(
+        learner=Learner(
+            student_lm,
+            optimizer=config.optimizer(),
+            temperature=temperature,
+            token_budget=config.micro_batch_tokens,
+            reduction=config.loss_reduction,
+        ),
+        sampler=TransformersSampler(
+            student_lm, models.student_renderer.tokenizer, slots=config.sampler_slots, limiter=limiter
+        ),
+        teacher=Teacher(scorer, models.views),
+        teacher_lm=teacher_lm,
+        limiter=limiter,
+    )
+
+
+def _student(config: TrainConfig, models: CheckedModels, implementation: str, resume_from: Path | None) -> CausalLM:
+    source, adapter = models.student, models.adapter
+    if resume_from is not None and config.lora_rank:
+        adapter = str(resume_from)
+    elif resume_from is not None:
+        source = ModelSource(source.name, str(resume_from))
+    # Full fine-tuning keeps float32 weights: a bfloat16 weight is blind to steps below 1/256 of itself.
+    dtype = models.compute_dtype if config.lora_rank else torch.float32
+    model = load_model(source, dtype=dtype, device=models.device, attn_implementation=implementation)
+    # The bare model is compared with its own forward; LoRA changes neither trunk nor head.
+    lm = CausalLM.verified(model, compute_dtype=models.compute_dtype)
+    if config.lora_rank:
+        lm.model = add_lora(model, config.lora_rank, config.lora_alpha, adapter=adapter, seed=config.seed)  # type: ignore[assignment]
+    if config.activation_checkpointing:
+        no_dropout(lm.model)
+        lm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        lm.model.train()
+    return lm
+
+
+def no_dropout(model: torch.nn.Module) -> None:
+    """Training mode is needed for checkpointing, and must not add noise that the sampler did not have."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+def group_builder(
+    renderer: Renderer, dataset: str, teacher: str, *, group_size: int, max_tokens: int
+) -> Callable[[Row], PromptOnlyGroupBuilder]:
+    """How a row becomes `group_size` single-turn attempts."""
+    return lambda row: PromptOnlyGroupBuilder(
+        dataset=dataset,
+        row_id=row.row_id,
+        teacher=teacher,
+        teacher_messages=row.teacher_messages,
+        messages=row.messages,
+        renderer=renderer,
+        group_size=group_size,
+        max_tokens=max_tokens,
+    )
+
+
+def eval_set(data: Dataset, renderer: Renderer, teacher: str, max_tokens: int) -> EvalSet:
+    """Held-out rows, attempted under the same prompt and budget as in training."""
+
+    def builder(row: Row, samples: int) -> PromptOnlyGroupBuilder:
+        return group_builder(renderer, data.name, teacher, group_size=samples, max_tokens=max_tokens)(row)
+
+    return EvalSet(data.name, data.test, data.grader, builder)

@@ -1,0 +1,128 @@
+"""Rollouts and their scores: what one step of training, or one evaluation, has to work with.
+
+Scoring starts as soon as enough groups have ended, while others still run. Batches of views are cut by
+the order in which groups end and by a token budget, never by the clock, so that a seed gives the same
+batches, and with them the same rounding, every time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio
+
+from envs.rollout import derive_seed, run_group
+from envs.types import EnvGroupBuilder, Episode, EpisodeGroup
+from errors import TeacherError
+from models.teacher_view import ViewMaker
+from models.types import Sampler, Scorer, Signal, SignalKind, TeacherView
+from training.metrics import StageTimer
+from training.packing import TrainingItem
+
+SCORE_TOKENS = 4096  # views are handed to a scorer in batches of about this many tokens
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A scorer, and how it reads what the student wrote."""
+
+    scorer: Scorer
+    views: ViewMaker
+
+
+@dataclass
+class Collected:
+    """Groups in the order of their builders. `items` holds the surviving episodes, group by group."""
+
+    groups: list[EpisodeGroup]
+    items: list[list[TrainingItem]]
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def flat(self) -> list[TrainingItem]:
+        return [item for group in self.items for item in group]
+
+    @property
+    def attempts(self) -> int:
+        return len(self.flat) + self.dropped.total()
+
+
+async def collect(
+    builders: Sequence[EnvGroupBuilder],
+    sampler: Sampler,
+    teachers: Mapping[str, Teacher],
+    need: SignalKind,
+    *,
+    temperature: float,
+    seed: int,
+    timer: StageTimer,
+) -> Collected:
+    """Run every builder's group, and score what survives unless `need` is NONE."""
+    scoring = _Scoring(teachers, need, timer)
+    groups: dict[int, EpisodeGroup] = {}
+    async with anyio.create_task_group() as score_tasks:
+        with timer.stage("sampling"):
+            async with anyio.create_task_group() as tasks:
+
+                async def one(i: int, builder: EnvGroupBuilder) -> None:
+                    seeds = derive_seed(seed, builder.dataset, builder.row_id, i)
+                    groups[i] = await run_group(builder, sampler, temperature=temperature, seed=seeds)
+                    scoring.add(groups[i], score_tasks)
+
+                for i, builder in enumerate(builders):
+                    tasks.start_soon(one, i, builder)
+        scoring.flush(score_tasks)
+    ordered = [groups[i] for i in range(len(builders))]
+    dropped = Counter(reason for group in ordered for reason in group.dropped)
+    dropped.update(scoring.dropped)
+    items = [
+        [
+            TrainingItem(episode, scoring.signals.get(id(episode)))
+            for episode in group.episodes
+            if need is SignalKind.NONE or id(episode) in scoring.signals
+        ]
+        for group in ordered
+    ]
+    return Collected(ordered, items, dropped)
+
+
+class _Scoring:
+    """Collects views per teacher and hands them over in batches."""
+
+    def __init__(self, teachers: Mapping[str, Teacher], need: SignalKind, timer: StageTimer) -> None:
+        self.signals: dict[int, Signal] = {}  # by id() of the episode
+        self.dropped: Counter[str] = Counter()
+        self._teachers, self._need, self._timer = teachers, need, timer
+        self._pending: dict[str, list[tuple[Episode, TeacherView]]] = {}
+
+    def add(self, group: EpisodeGroup, tasks: Any) -> None:
+        if self._need is SignalKind.NONE:
+            return
+        pending = self._pending.setdefault(group.teacher, [])
+        pending.extend((e, self._teachers[group.teacher].views.view(e)) for e in group.episodes)
+        if sum(len(view.token_ids) for _, view in pending) >= SCORE_TOKENS:
+            tasks.start_soon(self._score, group.teacher, self._pending.pop(group.teacher))
+
+    def flush(self, tasks: Any) -> None:
+        for teacher, pending in self._pending.items():
+            if pending:
+                tasks.start_soon(self._score, teacher, pending)
+        self._pending = {}
+
+    async def _score(self, teacher: str, pending: list[tuple[Episode, TeacherView]]) -> None:
+        scorer = self._teachers[teacher].scorer
+        with self._timer.stage("scoring"):
+            try:
+                signals = await scorer.score([view for _, view in pending], self._need)
+            except TeacherError:
+                if len(pending) == 1:
+                    self.dropped[TeacherError.reason] += 1
+                    return
+                for one in pending:  # so that one bad view does not take its neighbours with it
+                    await self._score(teacher, [one])
+                return
+        for (episode, _), signal in zip(pending, signals, strict=True):
+            self.signals[id(episode)] = signal

@@ -1,0 +1,320 @@
+"""The training loop: rows -> episodes -> signals -> gradient -> new weights, resumable at every step.
+
+Everything random is derived from (seed, step, row, attempt), so a resumed run draws what the
+uninterrupted one would have drawn. A step's optimizer updates are never interrupted half-way: Ctrl-C
+waits for them, then a checkpoint is written.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import anyio
+import anyio.abc
+import anyio.to_thread
+
+from envs.datasets import Cursor, Row
+from envs.rendering import Renderer
+from envs.rollout import derive_seed
+from envs.types import EnvGroupBuilder
+from errors import CheckpointError, NoSignalError
+from models.types import Sampler
+from training.collect import Collected, Teacher, collect
+from training.evaluation import EvalSet, Judge, evaluate
+from training.learner import ItemMetrics, Learner
+from training.metrics import StageTimer, SumMetrics, peak_memory_mb
+from training.objectives import Objective
+from training.packing import TrainingItem
+from training.progress import Progress
+from training.report import write_report
+from training.run_dir import RunDir
+from training.trackers import Trackers
+
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    max_steps: int
+    learning_rate: float
+    schedule: Schedule = "constant"
+    warmup_steps: int = 0
+    num_substeps: int = 1
+    temperature: float = 1.0
+    eval_every: int = 0  # 0: at both ends only
+    eval_samples: int = 1
+    save_every: int = 0  # 0: at the end only
+    keep_checkpoints: int = 0  # 0: all
+    max_dropped_fraction: float = 0.5
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class DatasetPlan:
+    """One dataset of the mixture: its own rows in its own order, and how a row becomes a group."""
+
+    name: str
+    cursor: Cursor
+    groups_per_batch: int
+    builder: Callable[[Row], EnvGroupBuilder]
+
+
+def learning_rate(config: LoopConfig, step: int) -> float:
+    """The rate of step `step` (from 0): a linear warm-up, then constant, or down to 0 after the last step."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.learning_rate
+    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    factor = 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return config.learning_rate * factor
+
+
+@dataclass
+class Loop:
+    """Owns one run. `await run()` goes from the last checkpoint to `max_steps`."""
+
+    config: LoopConfig
+    plans: Sequence[DatasetPlan]
+    eval_sets: Sequence[EvalSet]
+    sampler: Sampler
+    teachers: Mapping[str, Teacher]
+    learner: Learner
+    objective: Objective
+    renderer: Renderer
+    run_dir: RunDir
+    trackers: Trackers
+    progress: Progress
+    exact_eval: bool = True
+    step: int = 0
+    _cursor_states: list[dict] = field(default_factory=list)  # as of the last finished step
+
+    # --- the whole run
+
+    async def run(self) -> None:
+        """Train to `max_steps`. On SIGINT or SIGTERM: finish the update, save, raise `KeyboardInterrupt`."""
+        interrupted = False
+        async with anyio.create_task_group() as tasks:
+
+            async def watch(*, task_status: anyio.abc.TaskStatus[None]) -> None:
+                nonlocal interrupted
+                with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+                    task_status.started()
+                    async for _ in signals:
+                        interrupted = True
+                        self.progress.message("stopping: the step is saved or undone; Ctrl-C again to quit now")
+                        tasks.cancel_scope.cancel()
+                        return  # a second signal then ends the process as usual
+
+            await tasks.start(watch)
+            async with self.sampler:
+                await self._train()
+            tasks.cancel_scope.cancel()
+        if interrupted:
+            if self.step and self._saved_step() != self.step:
+                self.save()
+            raise KeyboardInterrupt
+
+    async def _train(self) -> None:
+        await self.sampler.update_weights(self.step)
+        if not self._evaluated(self.step) and (self.step == 0 or self._due(self.config.eval_every)):
+            await self.evaluate()
+        while self.step < self.config.max_steps:
+            await self.train_step()
+            last = self.step == self.config.max_steps
+            if last or self._due(self.config.eval_every):
+                await self.evaluate()
+            if last or self._due(self.config.save_every):
+                self.save(final=last)
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _saved_step(self) -> int | None:
+        latest = self.run_dir.latest_checkpoint()
+        return latest[0] if latest else None
+
+    # --- one step
+
+    async def train_step(self) -> None:
+        timer = StageTimer()
+        builders = [
+            plan.builder(row) for plan in self.plans for row in plan.cursor.next(plan.groups_per_batch)
+        ]  # a cancelled step leaves the cursors ahead; `save` writes the state as of the last finished step
+        collected = await collect(
+            builders, self.sampler, self.teachers, self.objective.need,
+            temperature=self.config.temperature,
+            seed=derive_seed(self.config.seed, "train", self.step),
+            timer=timer,
+        )  # fmt: skip
+        self._check_signal(collected)
+        with anyio.CancelScope(shield=True):  # weights are updated by whole steps only
+            with timer.stage("training"):
+                measured, updates = await anyio.to_thread.run_sync(self._update, collected)
+            self.step += 1
+            self._cursor_states = [plan.cursor.state() for plan in self.plans]
+            await self.sampler.update_weights(self.step)
+            row = self._row(collected, measured, updates, timer)
+            self.run_dir.append_metrics(row)
+            self.run_dir.write_episodes(self.step, self._episode_rows(collected, measured))
+        self.trackers.log(row)
+        self.progress.update(row)
+
+    def _check_signal(self, collected: Collected) -> None:
+        dropped = collected.dropped.total() / collected.attempts
+        if not collected.flat or dropped > self.config.max_dropped_fraction:
+            reasons = ", ".join(f"{count} by {reason}" for reason, count in collected.dropped.items())
+            raise NoSignalError(
+                f"step {self.step + 1}: {collected.dropped.total()} of {collected.attempts} episodes were dropped "
+                f"({reasons}), more than max_dropped_fraction={self.config.max_dropped_fraction}. "
+                "Nothing was trained on them; the run can be resumed"
+            )
+
+    def _update(self, collected: Collected) -> tuple[dict[int, ItemMetrics], dict[str, float]]:
+        """`num_substeps` optimizer steps over the groups, in order. Runs in a worker thread."""
+        measured: dict[int, ItemMetrics] = {}
+        updates: dict[str, float] = {}
+        rate = learning_rate(self.config, self.step)
+        for groups in _split(collected.items, self.config.num_substeps):
+            items = [item for group in groups for item in group]
+            if items:
+                results = self.learner.forward_backward(items, self.objective)
+                measured.update(zip(map(id, items), results, strict=True))
+                updates = self.learner.step(rate)
+        return measured, updates
+
+    # --- what is written
+
+    def _row(
+        self,
+        collected: Collected,
+        measured: Mapping[int, ItemMetrics],
+        updates: Mapping[str, float],
+        timer: StageTimer,
+    ) -> dict[str, float]:
+        sums = SumMetrics()
+        for item in collected.flat:
+            add_episode(sums, item, measured[id(item)])
+        times = timer.lap()
+        tokens = sum(m.tokens for m in measured.values())
+        row = {"step": self.step, **sums.as_dict(), **updates, **times}
+        row["trained_tokens"] = tokens
+        row["tokens_per_s"] = tokens / times["time/total"]
+        row["dropped_fraction"] = collected.dropped.total() / collected.attempts
+        row |= {f"dropped/{reason}": count / collected.attempts for reason, count in collected.dropped.items()}
+        row["peak_memory_mb"] = peak_memory_mb(self.learner.lm.device)
+        row |= {f"dataset/{plan.name}/epoch": plan.cursor.epoch for plan in self.plans}
+        return row
+
+    def _episode_rows(self, collected: Collected, measured: Mapping[int, ItemMetrics]) -> list[dict]:
+        return [episode_row(item, measured[id(item)], self.renderer) for item in collected.flat]
+
+    async def evaluate(self) -> dict[str, float]:
+        """Evaluate every set, append one row of `eval/…` metrics."""
+        judge = Judge(self.learner, self.teachers, self.exact_eval) if self.teachers else None
+        row: dict[str, float] = {"step": self.step}
+        for eval_set in self.eval_sets:
+            metrics = await evaluate(
+                eval_set, self.sampler, self.renderer,
+                temperature=self.config.temperature, samples=self.config.eval_samples,
+                seed=derive_seed(self.config.seed, "eval"),  # the same draws at every evaluation
+                judge=judge,
+            )  # fmt: skip
+            scope = f"eval/{eval_set.name}/" if len(self.eval_sets) > 1 else "eval/"
+            row |= {name.replace("eval/", scope, 1): value for name, value in metrics.items()}
+        if len(row) > 1:
+            self.run_dir.append_metrics(row)
+            self.trackers.log(row)
+            self.progress.update(row)
+        return row
+
+    def _evaluated(self, step: int) -> bool:
+        return any(
+            row["step"] == step and any(name.startswith("eval/") for name in row) for row in self.run_dir.read_metrics()
+        )
+
+    # --- checkpoints
+
+    def save(self, *, final: bool = False) -> Path:
+        """Write a checkpoint of the last finished step, and the report."""
+
+        def write(folder: Path) -> None:
+            (folder / "trainer_state").mkdir()
+            self.learner.save(folder)
+            self.renderer.tokenizer.save_pretrained(folder)
+            state = {"step": self.step, "seed": self.config.seed, "cursors": self._cursor_states}
+            (folder / "trainer_state" / "state.json").write_text(json.dumps(state))
+
+        path = self.run_dir.write_checkpoint(self.step, write, final=final)
+        self.run_dir.prune(self.config.keep_checkpoints)
+        write_report(self.run_dir.path)
+        return path
+
+    def restore(self, folder: Path) -> None:
+        """Go on from a checkpoint, whose weights the learner already has. Raises `CheckpointError`."""
+        try:
+            state = json.loads((folder / "trainer_state" / "state.json").read_text())
+            self.learner.load_optimizer(folder)
+            for plan, cursor_state in zip(self.plans, state["cursors"], strict=True):
+                plan.cursor.load_state(cursor_state)
+        except (OSError, KeyError, json.JSONDecodeError, ValueError) as error:
+            raise CheckpointError(f"{folder}: its trainer_state cannot be read: {error}") from error
+        self.step = state["step"]
+        self._cursor_states = state["cursors"]
+
+
+def _split(groups: Sequence[list[TrainingItem]], parts: int) -> list[Sequence[list[TrainingItem]]]:
+    bounds = [round(i * len(groups) / parts) for i in range(parts + 1)]
+    return [groups[a:b] for a, b in itertools.pairwise(bounds)]
+
+
+def add_episode(sums: SumMetrics, item: TrainingItem, measured: ItemMetrics) -> None:
+    """One episode's share of a step's metrics: in total, of its dataset, and of its teacher."""
+    episode = item.episode
+    scope = {"dataset": episode.dataset, "teacher": episode.teacher}
+    for name, values in measured.values.items():
+        sums.add(_METRIC_NAMES.get(name, name), float(values.sum()), measured.tokens, **scope)
+    if "ratio" in measured.values:
+        sums.add_max("ratio/max", float(measured.values["ratio"].max()), **scope)
+    sums.add("completion_tokens_mean", episode.num_sampled, 1, **scope)
+    sums.add("prompt_tokens_mean", len(episode) - episode.num_sampled, 1, **scope)
+    sums.add("truncated_fraction", float(episode.truncated), 1, **scope)
+    sums.add("reward", episode.reward, 1, **scope)
+    for name, value in episode.metrics.items():
+        sums.add(f"env/{name}", value, 1, **scope)
+    sums.add_count("trained_episodes", 1, **scope)
+
+
+_METRIC_NAMES = {"ratio": "ratio/mean", "ratio_truncated": "ratio/truncated_fraction"}
+
+
+def episode_row(item: TrainingItem, measured: ItemMetrics, renderer: Renderer) -> dict:
+    """One line of `episodes/`: every token with its mask, the student's and the teacher's logprob."""
+    episode = item.episode
+    teacher: list[float | None] = [None] * len(episode)
+    if "teacher_logprob" in measured.values:
+        for position, value in zip(episode.sampled.nonzero()[0], measured.values["teacher_logprob"], strict=True):
+            teacher[position] = float(value)
+    ids = episode.token_ids.tolist()
+    return {
+        "dataset": episode.dataset,
+        "row_id": episode.row_id,
+        "teacher": episode.teacher,
+        "stop_reason": episode.stop_reason.value,
+        "reward": episode.reward,
+        "weight_version": episode.weight_version,
+        "messages": list(episode.prompt_messages),
+        "completion": renderer.decode(episode.token_ids[episode.sampled].tolist()),
+        "token_ids": ids,
+        "tokens": [renderer.tokenizer.decode([token]) for token in ids],
+        "sampled": episode.sampled.tolist(),
+        "sampler_logprobs": episode.sampler_logprobs.tolist(),
+        "teacher_logprobs": teacher,
+    }
