@@ -97,7 +97,9 @@ def main(config: Config) -> None:
 async def _evaluate(
     config: Config, data: Dataset, models: setup.CheckedModels, training: TrainConfig
 ) -> dict[str, float]:
-    parts = setup.build_engines(training, models, resume_from=None)
+    student = setup.load_lm(training, models, models.student, models.compute_dtype)
+    teacher = student if config.teacher_model is None else setup.load_teacher(training, models)
+    parts = setup.assemble(training, models, student, teacher)
     rows = setup.eval_set(data, models.student_renderer, training.teacher_model, config.max_tokens)
     judge = None
     if config.teacher_model is not None:

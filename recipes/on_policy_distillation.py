@@ -163,7 +163,11 @@ def dry_run_lines(config: Config, checked: Checked) -> list[str | Text]:
     steps = config.loop(_steps_per_epoch(config, data)).max_steps
     return [
         Text("configuration", "bold"),
-        *(Text(f"  {name}={value}") for name, value in chz.beta_to_blueprint_values(config).items()),
+        *(
+            Text(f"  {name}={value}")
+            for name, value in chz.beta_to_blueprint_values(config).items()
+            if not isinstance(value, type)
+        ),
         Text("data", "bold"),
         Text(f"  {data.name}: {len(data.train)} training rows, {len(data.test)} held out, graded as {data.grader}"),
         Text(f"  {steps} steps of {config.groups_per_batch} prompts x {config.group_size} attempts"),

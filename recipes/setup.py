@@ -192,55 +192,56 @@ class Engines:
 
 def build_engines(config: TrainConfig, models: CheckedModels, resume_from: Path | None) -> Engines:
     """Load the weights, the student's from a checkpoint of this run if there is one."""
-    use_fast_exact_matmul()
-    implementation = attention.NAME if config.attn_implementation == "auto" else config.attn_implementation
-    student_lm = _student(config, models, implementation, resume_from)
-    if models.shares_base:
-        teacher_lm = student_lm.without_adapter()
-    else:
-        teacher_model = load_model(
-            models.teacher, dtype=models.compute_dtype, device=models.device, attn_implementation=implementation
-        )
-        teacher_lm = CausalLM.verified(teacher_model.requires_grad_(False), compute_dtype=models.compute_dtype)
+    student = _trained_student(config, models, resume_from)
+    teacher = student.without_adapter() if models.shares_base else load_teacher(config, models)
+    return assemble(config, models, student, teacher)
+
+
+def assemble(config: TrainConfig, models: CheckedModels, student: CausalLM, teacher: CausalLM) -> Engines:
     temperature = config.comparison_temperature()
     limiter = anyio.CapacityLimiter(1)
     scorer = TransformersScorer(
         config.teacher_model,
-        teacher_lm,
+        teacher,
         temperature=temperature,
         token_budget=config.micro_batch_tokens,
         limiter=limiter,
     )
-    return Engines(
-        learner=Learner(
-            student_lm,
-            optimizer=config.optimizer(),
-            temperature=temperature,
-            token_budget=config.micro_batch_tokens,
-            reduction=config.loss_reduction,
-        ),
-        sampler=TransformersSampler(
-            student_lm, models.student_renderer.tokenizer, slots=config.sampler_slots, limiter=limiter
-        ),
-        teacher=Teacher(scorer, models.views),
-        teacher_lm=teacher_lm,
-        limiter=limiter,
+    learner = Learner(
+        student,
+        optimizer=config.optimizer(),
+        temperature=temperature,
+        token_budget=config.micro_batch_tokens,
+        reduction=config.loss_reduction,
     )
+    tokenizer = models.student_renderer.tokenizer
+    sampler = TransformersSampler(student, tokenizer, slots=config.sampler_slots, limiter=limiter)
+    return Engines(learner, sampler, Teacher(scorer, models.views), teacher, limiter)
 
 
-def _student(config: TrainConfig, models: CheckedModels, implementation: str, resume_from: Path | None) -> CausalLM:
+def load_lm(config: TrainConfig, models: CheckedModels, source: ModelSource, dtype: torch.dtype) -> CausalLM:
+    use_fast_exact_matmul()
+    implementation = attention.NAME if config.attn_implementation == "auto" else config.attn_implementation
+    model = load_model(source, dtype=dtype, device=models.device, attn_implementation=implementation)
+    return CausalLM.verified(model, compute_dtype=models.compute_dtype)
+
+
+def load_teacher(config: TrainConfig, models: CheckedModels) -> CausalLM:
+    teacher = load_lm(config, models, models.teacher, models.compute_dtype)
+    teacher.model.requires_grad_(False)
+    return teacher
+
+
+def _trained_student(config: TrainConfig, models: CheckedModels, resume_from: Path | None) -> CausalLM:
     source, adapter = models.student, models.adapter
     if resume_from is not None and config.lora_rank:
         adapter = str(resume_from)
     elif resume_from is not None:
         source = ModelSource(source.name, str(resume_from))
     # Full fine-tuning keeps float32 weights: a bfloat16 weight is blind to steps below 1/256 of itself.
-    dtype = models.compute_dtype if config.lora_rank else torch.float32
-    model = load_model(source, dtype=dtype, device=models.device, attn_implementation=implementation)
-    # The bare model is compared with its own forward; LoRA changes neither trunk nor head.
-    lm = CausalLM.verified(model, compute_dtype=models.compute_dtype)
-    if config.lora_rank:
-        lm.model = add_lora(model, config.lora_rank, config.lora_alpha, adapter=adapter, seed=config.seed)  # type: ignore[assignment]
+    lm = load_lm(config, models, source, models.compute_dtype if config.lora_rank else torch.float32)
+    if config.lora_rank:  # after the comparison with the plain forward: LoRA changes neither trunk nor head
+        lm.model = add_lora(lm.model, config.lora_rank, config.lora_alpha, adapter=adapter, seed=config.seed)  # type: ignore[assignment]
     if config.activation_checkpointing:
         no_dropout(lm.model)
         lm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

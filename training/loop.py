@@ -236,9 +236,8 @@ class Loop:
         return row
 
     def _evaluated(self, step: int) -> bool:
-        return any(
-            row["step"] == step and any(name.startswith("eval/") for name in row) for row in self.run_dir.read_metrics()
-        )
+        rows = [row for row in self.run_dir.read_metrics() if row["step"] == step]
+        return any(name.startswith("eval/") and "/teacher_" not in name for row in rows for name in row)
 
     # --- checkpoints
 
