@@ -1,0 +1,33 @@
+# The only set-up a newcomer needs: every target makes .venv first if there is none.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test check docs bench clean
+
+demo: $(STAMP)  ## a tiny student learns two-digit addition from a tiny teacher
+	$(BIN)/python -m recipes.on_policy_distillation behavior_if_log_dir_exists=delete
+
+test: $(STAMP)  ## the fast suite: no network, GPU, Docker or vLLM
+	$(BIN)/python -m pytest
+
+check: $(STAMP)  ## formatting, lints, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+docs: $(STAMP)  ## run every snippet of README and docs/
+	$(BIN)/python -m pytest tests/test_docs.py
+
+bench: $(STAMP)  ## speed and memory against TRL, on this machine
+	$(BIN)/python -m benchmarks.side_by_side
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import sys; assert (3, 11) <= sys.version_info[:2] < (3, 14), "Protege needs Python 3.11 to 3.13, this is " + sys.version.split()[0] + "; set PYTHON=python3.12"'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) *.egg-info
