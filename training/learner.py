@@ -101,7 +101,9 @@ class Learner:
 
     def save(self, path: Path) -> None:
         """Optimizer state beside the weights, which `save_pretrained` writes."""
-        self.lm.model.save_pretrained(path)
+        extra = {"save_embedding_layers": False} if hasattr(self.lm.model, "peft_config") else {}
+        self.lm.model.save_pretrained(path, **extra)
+        (path / "trainer_state").mkdir(exist_ok=True)
         torch.save(self._optimizer.state_dict(), path / "trainer_state" / "optimizer.pt")
 
     def load_optimizer(self, path: Path) -> None:

@@ -245,7 +245,6 @@ class Loop:
         """Write a checkpoint of the last finished step, and the report."""
 
         def write(folder: Path) -> None:
-            (folder / "trainer_state").mkdir()
             self.learner.save(folder)
             self.renderer.tokenizer.save_pretrained(folder)
             state = {"step": self.step, "seed": self.config.seed, "cursors": self._cursor_states}

@@ -117,6 +117,10 @@ class ReverseKL:
     need: SignalKind = SignalKind.SAMPLED
 
     def __post_init__(self) -> None:
+        if self.variant not in ("importance_sampling", *CLIP_DEFAULTS):
+            raise ConfigError(f"loss_fn={self.variant}: expected importance_sampling, ppo or cispo")
+        if self.signal_policy not in ("current", "sampler"):
+            raise ConfigError(f"signal_policy={self.signal_policy}: expected current or sampler")
         if not 0 <= self.discount <= 1:
             raise ConfigError(f"kl_discount_factor={self.discount}: expected a number from 0 to 1")
         low, high = self.clip
@@ -257,7 +261,7 @@ class _ReverseKLRows(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class SFT:
-    """Cross-entropy on the given tokens; needs no teacher. The demo's models are made with it."""
+    """Cross-entropy on the given tokens; needs no teacher."""
 
     need: SignalKind = field(default=SignalKind.NONE, init=False)
     looks_ahead: bool = field(default=False, init=False)

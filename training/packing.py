@@ -46,7 +46,9 @@ def token_weights(items: Sequence[TrainingItem], reduction: str) -> list[float]:
         return [1 / sum(counts)] * len(items)
     if reduction == "sequence_mean":
         return [1 / (len(items) * count) for count in counts]
-    return [1.0] * len(items)  # token_sum
+    if reduction == "token_sum":
+        return [1.0] * len(items)
+    raise ValueError(f"reduction={reduction}: expected token_mean, token_sum or sequence_mean")
 
 
 def pack(items: Sequence[TrainingItem], weights: Sequence[float], token_budget: int) -> list[PackedBatch]:
