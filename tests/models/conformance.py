@@ -190,9 +190,9 @@ class SamplerSuite:
             fresh = engine.reference(prompt, before.token_ids, 1.0)
             assert (stale - fresh).abs().max() > 0.1, "the test's new weights must differ from the old"
             await sampler.update_weights(3)
-            again = await sampler.sample(prompt, params(6))
             longer = [*prompt, *before.token_ids, 2]  # what the old weights have read must not be reused
             continued = await sampler.sample(longer, params(6))
+            again = await sampler.sample(prompt, params(6))
         assert (before.weight_version, again.weight_version, continued.weight_version) == (0, 3, 3)
         engine.assert_true_logprobs(prompt, again, 1.0)
         engine.assert_true_logprobs(longer, continued, 1.0)

@@ -136,8 +136,9 @@ async def test_a_next_turn_reads_only_what_is_new(monkeypatch: pytest.MonkeyPatc
         assert read == [3 * (1 + 3)]  # per sequence the last sampled token, never fed, and three new ones
         read.clear()
         await sampler.update_weights(1)
-        await sampler.sample([*nexts[0], 4], params(2))
-        assert read == [len(nexts[0]) + 1]
+        third = [*nexts[0], *reused[-1].token_ids, 4]
+        await sampler.sample(third, params(2))
+        assert read == [len(third)]
     async with TransformersSampler(lm, LETTERS, slots=4) as sampler:
         fresh = await sample_all(sampler, [(p, params(6, seed=9)) for p in nexts[::-1]])
     for a, b in zip(reused, fresh, strict=True):
