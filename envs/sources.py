@@ -105,7 +105,7 @@ def load_dataset_rows(
         train, test = arithmetic.rows("train"), _sample(arithmetic.rows("test"), eval_size, seed)
         return Dataset(dataset, _sample(train, max_rows, seed), test, "arithmetic")
 
-    name, source, path = _resolve(dataset, dataset_path)
+    name, source, path = locate(dataset, dataset_path)
     splits = _open_local(path, source) if path else _open_hub(name, SOURCES[name])
     reader = _Reader(name, source, seed)
     if "test" in splits:
@@ -118,8 +118,8 @@ def load_dataset_rows(
     return Dataset(name, train[:max_rows], test, grader)
 
 
-def _resolve(dataset: str, dataset_path: str | None) -> tuple[str, Source | None, Path | None]:
-    """(name, its source if it has one, where it lies locally if it does)."""
+def locate(dataset: str, dataset_path: str | None) -> tuple[str, Source | None, Path | None]:
+    """(name, its source if it has one, where it lies locally if it does). Raises DataError."""
     if dataset in NAMES:
         path = Path(dataset_path).expanduser() if dataset_path else None
         if path and not path.exists():

@@ -194,8 +194,13 @@ class PaddedStepper:
             inputs["position_ids"] = positions
         elif self._cache is not None:
             inputs["attention_mask"] = None  # it would be laid over the new token alone
-        with self.lm.precision():
-            out = self.lm.trunk(**inputs)
+        training = self.lm.model.training
+        self.lm.model.eval()  # in training mode activation checkpointing would throw the cache away
+        try:
+            with self.lm.precision():
+                out = self.lm.trunk(**inputs)
+        finally:
+            self.lm.model.train(training)
         self._cache_key = "past_key_values" if getattr(out, "past_key_values", None) is not None else "cache_params"
         self._cache = out[self._cache_key]
         return out.last_hidden_state[self._rows, -1]

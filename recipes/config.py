@@ -133,6 +133,9 @@ class TrainConfig:
             value = getattr(self, name)
             if not 0 < value < float("inf"):
                 raise ConfigError(f"{name}={value}: expected a positive number")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: expected 0 or more, and less than 1")
         if self.max_dropped_fraction > 1:
             raise ConfigError(f"max_dropped_fraction={self.max_dropped_fraction}: expected 0 to 1")
         if self.lora_alpha is not None and self.lora_rank == 0:
@@ -207,7 +210,7 @@ class TrainConfig:
 _AT_LEAST = {
     "lora_rank": 0, "max_tokens": 1, "sampler_slots": 1, "max_steps": 1, "eval_every": 0, "eval_samples": 0,
     "save_every": 0, "keep_checkpoints": 0, "warmup_steps": 0, "num_substeps": 1, "micro_batch_tokens": 1,
-    "max_grad_norm": 0, "weight_decay": 0, "max_dropped_fraction": 0,
+    "max_grad_norm": 0, "weight_decay": 0, "adam_eps": 0, "max_dropped_fraction": 0,
 }  # fmt: skip
 _REVERSE_KL_ONLY = ("loss_fn", "loss_fn_config", "kl_penalty_coef", "kl_discount_factor")
 

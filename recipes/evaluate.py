@@ -79,6 +79,8 @@ class Config:
 
 
 def main(config: Config) -> None:
+    if config.output_path is not None and not Path(config.output_path).absolute().parent.is_dir():
+        raise ConfigError(f"output_path={config.output_path}: its folder does not exist")
     data = load_dataset_rows(config.dataset, config.dataset_path, eval_size=config.eval_size, seed=config.seed)
     if not data.test:
         raise DataError(f"{data.name} has no held-out rows")

@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.text import Text
 
 from envs.datasets import Cursor, Dataset
-from envs.sources import load_dataset_rows
-from errors import ConfigError, UserError
+from envs.sources import load_dataset_rows, locate
+from errors import ConfigError
 from models.checks import probe_scorer, probe_view
 from models.transformers_sampler import TransformersSampler
 from recipes import setup
@@ -104,7 +104,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def presets(given: dict[str, str]) -> dict[str, Any]:
-    return PRESETS.get(given.get("dataset", "arithmetic"), {})
+    dataset = given.get("dataset", "arithmetic")
+    if dataset not in PRESETS:
+        locate(dataset, given.get("dataset_path"))  # a typo is named here, not the options that it did not bring
+    return PRESETS.get(dataset, {})
 
 
 def main(config: Config) -> None:
@@ -120,10 +123,10 @@ def main(config: Config) -> None:
     with run_dir:
         try:
             parts = setup.build_engines(config, checked.models, _resume_folder(run_dir))
-        except UserError:
-            run_dir.discard_if_empty()
+            anyio.run(_run, config, checked, parts, run_dir)
+        except BaseException:
+            run_dir.discard_if_empty()  # an empty folder would only refuse the corrected command
             raise
-        anyio.run(_run, config, checked, parts, run_dir)
 
 
 # --- what is checked before anything is loaded
@@ -255,7 +258,8 @@ async def _evaluate_teacher(config: Config, checked: Checked, parts: setup.Engin
     async with sampler:
         found = await evaluate(rows, sampler, renderer, temperature=config.temperature, samples=0, seed=config.seed)
     row = {name.replace("eval/", "eval/teacher_"): value for name, value in found.items()}
-    loop.run_dir.append_metrics({"step": loop.step, **row})
+    if row:  # rows without an expected answer leave nothing to measure
+        loop.run_dir.append_metrics({"step": loop.step, **row})
 
 
 def _has(run_dir: RunDir, name: str) -> bool:
@@ -277,8 +281,10 @@ def print_summary(run_dir: RunDir) -> None:
             ("accuracy, sampled", "eval/sampled_accuracy"),
         ):
             if key in first and key in last:
-                extra = f"   (teacher: {teacher:.3f})" if key == "eval/accuracy" and teacher is not None else ""
-                lines.append(f"  {label}: {first[key]:.4f} -> {last[key]:.4f} ± {last[key + '_se']:.4f}{extra}")
+                error = last[f"{key}_se"]  # None: of one row there is no error
+                extra = f" ± {error:.4f}" if error is not None else ""
+                extra += f"   (teacher: {teacher:.3f})" if key == "eval/accuracy" and teacher is not None else ""
+                lines.append(f"  {label}: {first[key]:.4f} -> {last[key]:.4f}{extra}")
     if lines:
         print("held out, before -> after:")
         print("\n".join(lines))

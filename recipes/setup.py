@@ -5,6 +5,8 @@ Everything that can be refused is refused by `check`, before a folder is made or
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,6 +42,8 @@ from recipes.config import TrainConfig
 from training.collect import Teacher
 from training.evaluation import EvalSet
 from training.learner import Learner
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -134,13 +138,19 @@ def check_prompt_lengths(
     if limit is None:
         return data
 
+    # What a format adds by itself, a system prompt of its own included.
+    added = {
+        id(renderer): len(renderer.prompt([{"role": "user", "content": "?"}])) + 64
+        for renderer in (models.student_renderer, models.teacher_renderer)
+    }
+
     def too_long(row: Row) -> bool:
         for messages, renderer in (
             (row.messages, models.student_renderer),
             (row.teacher_messages or row.messages, models.teacher_renderer),
         ):
             # A token has at least one byte: most rows need no rendering to be seen to fit.
-            size = sum(len(str(m.get("content") or "").encode()) for m in messages) + 16 * len(messages) + 256
+            size = sum(len(json.dumps(m, default=str)) + 16 for m in messages) + added[id(renderer)]
             if size > limit and (tokens := len(renderer.prompt(messages))) > limit:
                 if not drop:
                     raise DataError(
@@ -156,6 +166,12 @@ def check_prompt_lengths(
     )
     if not kept.train:
         raise DataError(f"{data.name}: every prompt is longer than {limit} tokens")
+    for split, all_rows, left in (("training", data.train, kept.train), ("held-out", data.test, kept.test)):
+        if len(left) < len(all_rows):
+            gone = len(all_rows) - len(left)
+            logger.warning(
+                "%s: left out %d of %d %s rows: prompts over %d tokens", data.name, gone, len(all_rows), split, limit
+            )
     return kept
 
 

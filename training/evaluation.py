@@ -80,9 +80,10 @@ async def evaluate(
         if judge is not None:
             objective: Objective = JSD(beta=1.0) if exact else ReverseKL()
             measured = await anyio.to_thread.run_sync(judge.learner.measure, sampled.flat, objective)
-            metrics |= _token_mean(measured, "kl", "eval/reverse_kl")
+            rows = [item.episode.row_id for item in sampled.flat]
+            metrics |= _token_mean(measured, rows, "kl", "eval/reverse_kl")
             if exact:
-                metrics |= _token_mean(measured, "exact_kl", "eval/exact_reverse_kl")
+                metrics |= _token_mean(measured, rows, "exact_kl", "eval/exact_reverse_kl")
     return metrics
 
 
@@ -117,11 +118,12 @@ def _shape(collected: Collected, prefix: str) -> dict[str, float]:
     }
 
 
-def _token_mean(measured: Sequence[ItemMetrics], key: str, name: str) -> dict[str, float]:
-    """Mean per token over all episodes, with the error of that ratio taken over episodes."""
-    sums = np.array([m.values[key].sum() for m in measured])
-    counts = np.array([m.tokens for m in measured])
+def _token_mean(measured: Sequence[ItemMetrics], rows: Sequence[str], key: str, name: str) -> dict[str, float]:
+    """Mean per token over all episodes, with the error of that ratio taken over rows."""
+    _, row = np.unique(rows, return_inverse=True)
+    sums = np.bincount(row, [m.values[key].sum() for m in measured])
+    counts = np.bincount(row, [m.tokens for m in measured])
     mean = sums.sum() / counts.sum()
-    n = len(measured)
+    n = len(sums)
     spread = ((sums - mean * counts) ** 2).sum() * (n / (n - 1)) if n > 1 else math.nan
     return {name: float(mean), f"{name}_se": float(math.sqrt(spread) / counts.sum())}

@@ -124,7 +124,8 @@ class Loop:
 
     async def _train(self) -> None:
         await self.sampler.update_weights(self.step)
-        if not self._evaluated(self.step) and (self.step == 0 or self._due(self.config.eval_every)):
+        at_an_end = self.step in (0, self.config.max_steps)  # stopped in its last evaluation, it owes that one
+        if not self._evaluated(self.step) and (at_an_end or self._due(self.config.eval_every)):
             await self.evaluate()
         while self.step < self.config.max_steps:
             await self.train_step()
@@ -202,12 +203,15 @@ class Loop:
         sums = SumMetrics()
         for item in collected.flat:
             add_episode(sums, item, measured[id(item)])
+        for group, items in zip(collected.groups, collected.items, strict=True):
+            attempts = len(group.episodes) + len(group.dropped)
+            scope = {"dataset": group.dataset, "teacher": group.teacher}
+            sums.add("dropped_fraction", attempts - len(items), attempts, **scope)
         times = timer.lap()
         tokens = sum(m.tokens for m in measured.values())
         row = {"step": self.step, **sums.as_dict(), **updates, **times}
         row["trained_tokens"] = tokens
         row["tokens_per_s"] = tokens / times["time/total"]
-        row["dropped_fraction"] = collected.dropped.total() / collected.attempts
         row |= {f"dropped/{reason}": count / collected.attempts for reason, count in collected.dropped.items()}
         row["peak_memory_mb"] = peak_memory_mb(self.learner.lm.device)
         row |= {f"dataset/{plan.name}/epoch": plan.cursor.epoch for plan in self.plans}
@@ -262,10 +266,9 @@ class Loop:
             self.learner.load_optimizer(folder)
             for plan, cursor_state in zip(self.plans, state["cursors"], strict=True):
                 plan.cursor.load_state(cursor_state)
-        except (OSError, KeyError, json.JSONDecodeError, ValueError) as error:
-            raise CheckpointError(f"{folder}: its trainer_state cannot be read: {error}") from error
-        self.step = state["step"]
-        self._cursor_states = state["cursors"]
+            self.step, self._cursor_states = state["step"], state["cursors"]
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{folder}: its trainer_state cannot be read: {error!r}") from error
 
 
 def _split(groups: Sequence[list[TrainingItem]], parts: int) -> list[Sequence[list[TrainingItem]]]:
