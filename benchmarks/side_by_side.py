@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
 import chz
 
 from recipes.cli import run_cli
@@ -30,7 +31,7 @@ class Config:
     trl_python: str | None = chz.field(default=None, doc="an interpreter that has trl")
     batch_size: int = chz.field(default=8, doc="prompts per optimizer step")
     micro_batch_size: int = chz.field(default=8, doc="TRL's sequences per forward")
-    micro_batch_tokens: int = chz.field(default=1024, doc="Protege's tokens per forward")
+    micro_batch_tokens: int = chz.field(default=256, doc="Protege's tokens per forward")
     max_tokens: int = chz.field(default=64, doc="longest answer")
     steps: int = chz.field(default=4, doc="the first is not counted")
     objectives: tuple[str, ...] = chz.field(default=("jsd", "reverse_kl"), doc="Protege's objectives to measure")

@@ -163,7 +163,7 @@ def train(opt: argparse.Namespace, scratch: str) -> tuple[list[dict[str, float]]
     teacher = AutoModelForCausalLM.from_pretrained(opt.teacher, dtype=torch.float32)
     clock = Clock()
     trainer = TimedTrainer(
-        model=student,
+        model=student,  # type: ignore[arg-type]
         teacher_model=teacher,
         args=config,
         train_dataset=prompt_rows(opt.prompts, opt.max_prompts),

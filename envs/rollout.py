@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 import anyio
 
@@ -54,27 +53,30 @@ def _add(total: dict[str, float], more: dict[str, float]) -> None:
 
 async def run_group(builder: EnvGroupBuilder, sampler: Sampler, *, temperature: float, seed: int) -> EpisodeGroup:
     """All attempts at one row, at once. A failure of ours drops that episode alone, under its reason."""
-    results: dict[int, Episode | str] = {}
+    results: dict[int, Episode | InfrastructureError] = {}
 
     async def attempt(k: int, env: Env) -> None:
         try:
             results[k] = await run_episode(env, sampler, builder, temperature=temperature, seed=derive_seed(seed, k))
         except InfrastructureError as error:
-            results[k] = error.reason
+            results[k] = error
 
     try:
-        envs: Any = await builder.make_envs()
+        envs = await builder.make_envs()
         async with anyio.create_task_group() as tasks:
             for k, env in enumerate(envs):
                 tasks.start_soon(attempt, k, env)
+    except InfrastructureError as error:  # of make_envs: attempts catch their own
+        results.update(dict.fromkeys(range(builder.group_size), error))
     finally:
         with anyio.CancelScope(shield=True):
             await builder.cleanup()
-    ordered = [results[k] for k in range(len(envs))]
+    ordered = [results[k] for k in range(builder.group_size)]
     return EpisodeGroup(
         dataset=builder.dataset,
         row_id=builder.row_id,
         teacher=builder.teacher,
         episodes=tuple(r for r in ordered if isinstance(r, Episode)),
-        dropped=tuple(r for r in ordered if isinstance(r, str)),
+        dropped=tuple(r.reason for r in ordered if isinstance(r, InfrastructureError)),
+        causes=tuple(str(r) for r in ordered if isinstance(r, InfrastructureError)),
     )

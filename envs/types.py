@@ -125,6 +125,9 @@ class EnvGroupBuilder(Protocol):
     @property
     def teacher_messages(self) -> tuple[Message, ...] | None: ...  # privileged; None: it sees the prompt
 
+    @property
+    def group_size(self) -> int: ...
+
     async def make_envs(self) -> Sequence[Env]: ...
 
     async def cleanup(self) -> None: ...
@@ -194,6 +197,7 @@ class EpisodeGroup:
     teacher: str
     episodes: tuple[Episode, ...]
     dropped: tuple[str, ...] = ()  # one reason per dropped episode
+    causes: tuple[str, ...] = ()  # and what happened to it, in words
 
 
 class EpisodeLog:

@@ -71,7 +71,7 @@ def _causal(query, key, value, scale, window):
 
 
 class SlotCache:
-    """Keys and values of up to `slots` sequences, per layer `[slots, K, capacity, D]`.
+    """Keys and values of up to `slots` sequences, per layer `[rows, K, capacity, D]`.
 
     Rows `[0, active)` are being decoded; the others may hold finished sequences kept for reuse.
     """
@@ -80,19 +80,21 @@ class SlotCache:
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
+        self.rows = 0  # allocated so far, at most `slots`
         self.capacity = 0
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def reserve(self, tokens: int) -> None:
-        """Make room for sequences of `tokens` tokens, keeping what is there."""
-        if tokens <= self.capacity:
+    def reserve(self, rows: int, tokens: int) -> None:
+        """Make room for `rows` sequences of `tokens` tokens, keeping what is there."""
+        if tokens <= self.capacity and rows <= self.rows:
             return
-        self.capacity = -(-tokens // self.GROWTH) * self.GROWTH
+        self.capacity = max(self.capacity, -(-tokens // self.GROWTH) * self.GROWTH)
+        self.rows = max(self.rows, rows)
         self._layers = {layer: (self._grown(k), self._grown(v)) for layer, (k, v) in self._layers.items()}
 
     def _grown(self, old: Tensor) -> Tensor:
-        new = old.new_zeros((*old.shape[:2], self.capacity, old.shape[3]))
-        new[:, :, : old.shape[2]] = old
+        new = self._empty(old)
+        new[: old.shape[0], :, : old.shape[2]] = old
         return new
 
     def layer(self, layer: int, like_key: Tensor, like_value: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,7 +104,7 @@ class SlotCache:
         return self._layers[layer]
 
     def _empty(self, like: Tensor) -> Tensor:
-        return like.new_zeros((self.slots, like.shape[1], self.capacity, like.shape[3]))
+        return like.new_zeros((self.rows, like.shape[1], self.capacity, like.shape[3]))
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         for kv in self._layers.values():

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from envs.rendering import Renderer
+from envs.rendering import Renderer, control_tokens
 from errors import ConfigError, TeacherError, TokenizerMismatchError
 from models.teacher_view import ViewMaker
 from models.types import Scorer, SignalKind, TeacherView
@@ -26,6 +26,7 @@ class PairReport:
     shared_ids: int
     student_only_ids: int
     teacher_only_ids: int
+    renamed: tuple[str, ...]  # control tokens of one id and two names, student's / teacher's
     same_format: bool
     end_of_turn: tuple[str, str]  # the student's token, the teacher's
 
@@ -36,7 +37,8 @@ class PairReport:
         return [
             f"teacher {self.teacher}: reads {how}; end of turn: {mapped}",
             f"  {self.shared_ids} token ids mean the same; only the student has {self.student_only_ids}, "
-            f"only the teacher {self.teacher_only_ids}",
+            f"only the teacher {self.teacher_only_ids}"
+            + (f"; control tokens named differently: {', '.join(self.renamed)}" if self.renamed else ""),
         ]
 
 
@@ -44,7 +46,9 @@ def check_pair(name: str, student: Renderer, teacher: Renderer) -> PairReport:
     """Compare tokenizers by content. Raises `TokenizerMismatchError` naming both sides and the way out."""
     ours, theirs = _tokens_by_id(student.tokenizer), _tokens_by_id(teacher.tokenizer)
     shared = ours.keys() & theirs.keys()
-    different = sorted(i for i in shared if ours[i] != theirs[i])
+    # Control tokens stand for no text, and model families rename their reserved ones; words must agree.
+    renamed = control_tokens(student.tokenizer).keys() & control_tokens(teacher.tokenizer).keys()
+    different = sorted(i for i in shared - renamed if ours[i] != theirs[i])
     if different or not shared:
         i = different[0] if different else 0
         raise TokenizerMismatchError(
@@ -66,6 +70,7 @@ def check_pair(name: str, student: Renderer, teacher: Renderer) -> PairReport:
     return PairReport(
         teacher=name,
         shared_ids=len(shared),
+        renamed=tuple(f"{ours[i]!r} / {theirs[i]!r}" for i in sorted(renamed) if ours[i] != theirs[i]),
         student_only_ids=len(ours) - len(shared),
         teacher_only_ids=len(theirs) - len(shared),
         same_format=maker.student.fingerprint == maker.teacher.fingerprint,

@@ -40,7 +40,7 @@ class Stepper(Protocol):
         ...
 
     def forget(self) -> None:
-        """Drop everything that was computed with other weights. Only while nothing is active."""
+        """Free the memory of all that was read so far. Only while nothing is active."""
         ...
 
 
@@ -79,8 +79,8 @@ class SlotStepper:
         source: list[int] = []
         for i, prompt in enumerate(prompts):
             source.append(leaders.setdefault(tuple(prompt), first + i))
+        self._cache.reserve(first + len(prompts), max(map(len, prompts)) + 1)
         starts = {slot: self._reuse(slot, list(prompt)) for prompt, slot in leaders.items()}
-        self._cache.reserve(max(map(len, prompts)) + 1)
         last = self._read({slot: list(prompt) for prompt, slot in leaders.items()}, starts)
         for i, prompt in enumerate(prompts):
             slot = first + i
@@ -133,7 +133,7 @@ class SlotStepper:
     def decode(self, token_ids: Sequence[int]) -> Float[Tensor, "active h"]:
         lengths = [len(self._held[slot]) for slot in range(self.active)]
         longest = max(lengths) + 1
-        self._cache.reserve(longest)
+        self._cache.reserve(self.active, longest)
         positions = torch.tensor(lengths, device=self.lm.device)
         ids = torch.tensor(token_ids, device=self.lm.device)
         for slot, token in enumerate(token_ids):

@@ -102,13 +102,17 @@ class TransformersSampler:
             raise SamplerError(f"the student's engine failed: {request.error}") from request.error
         return Sampled(request.ids, request.logprobs, request.stopped, request.version)
 
-    async def update_weights(self, version: int) -> None:
-        """The model's weights changed in place: forget what was computed with the old ones."""
+    async def sleep(self) -> None:
+        """Free the keys and values. Raises `SamplerError` while requests are running."""
         if any(not request.cancelled for request in (*self._running, *self._waiting)):
-            raise SamplerError("weights cannot change while requests are running")
+            raise SamplerError("the sampler cannot sleep or change weights while requests are running")
         while self._running or self._waiting:  # cancelled: the driver drops them at its next look
             await anyio.sleep(0.001)
         self._stepper.forget()
+
+    async def update_weights(self, version: int) -> None:
+        """The model's weights changed in place: forget what was computed with the old ones."""
+        await self.sleep()
         self._version = version
 
     async def _drive(self) -> None:

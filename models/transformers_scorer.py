@@ -14,7 +14,7 @@ from errors import TeacherError
 from models.causal_lm import CausalLM
 from models.types import Signal, SignalKind, TeacherView
 
-HEAD_ELEMENTS = 1 << 24  # logits held at a time: 64 MiB in float32
+HEAD_ELEMENTS = 1 << 23  # logits held at a time: 32 MiB in float32
 
 
 class TransformersScorer:

@@ -83,6 +83,10 @@ class Sampler(Protocol):
 
     async def sample(self, prompt_ids: Sequence[int], params: SamplingParams) -> Sampled: ...
 
+    async def sleep(self) -> None:
+        """Free what only sampling needs, while something else has the device. The next call wakes it."""
+        ...
+
     async def update_weights(self, version: int) -> None: ...
 
 

@@ -117,7 +117,9 @@ class TrainConfig:
         default="auto",
         doc="of the computation; auto: bfloat16 on CUDA, else float32. Full fine-tuning keeps float32 weights",
     )
-    micro_batch_tokens: int = chz.field(default=4096, doc="tokens of one forward and backward pass")
+    micro_batch_tokens: int | None = chz.field(
+        default=None, doc="tokens of one forward and backward pass; default 256 on a CPU, 8192 on CUDA"
+    )
     activation_checkpointing: bool = chz.field(default=False, doc="recompute activations: less memory, slower")
     attn_implementation: str = chz.field(
         default="auto", doc="auto: packed without padding; else transformers' own (sdpa, eager, …), padded"
@@ -198,6 +200,10 @@ class TrainConfig:
         if self.dtype == "auto":
             return torch.bfloat16 if device.type == "cuda" else torch.float32
         return getattr(torch, self.dtype)
+
+    def token_budget(self, device: torch.device) -> int:
+        """Activations take about 1 MiB a token on a small model: on a CPU, small passes cost little speed."""
+        return self.micro_batch_tokens or (8192 if device.type == "cuda" else 256)
 
     def template_kwargs(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The student's and the teacher's `chat_template_kwargs`, parsed. Raises `ConfigError`."""

@@ -75,6 +75,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eval_teacher": True,
         "save_every": 50,
         "sampler_slots": 256,
+        "micro_batch_tokens": 4096,
     },
     "deepmath": {
         "model_name": "Qwen/Qwen3-8B-Base",

@@ -187,7 +187,7 @@ def memory_lines(config: TrainConfig, models: CheckedModels) -> list[str]:
         teacher = estimate_memory(load_config(models.teacher), dtype=models.compute_dtype, trained=False)["total"]
         lines.append(f"teacher parameters: {_gib(teacher)}")
         total += teacher
-    lines.append(f"in all: {_gib(total)}, and activations of {config.micro_batch_tokens} tokens at a time")
+    lines.append(f"in all: {_gib(total)}, and activations of {config.token_budget(models.device)} tokens at a time")
     return lines
 
 
@@ -220,14 +220,14 @@ def assemble(config: TrainConfig, models: CheckedModels, student: CausalLM, teac
         config.teacher_model,
         teacher,
         temperature=temperature,
-        token_budget=config.micro_batch_tokens,
+        token_budget=config.token_budget(models.device),
         limiter=limiter,
     )
     learner = Learner(
         student,
         optimizer=config.optimizer(),
         temperature=temperature,
-        token_budget=config.micro_batch_tokens,
+        token_budget=config.token_budget(models.device),
         reduction=config.loss_reduction,
     )
     tokenizer = models.student_renderer.tokenizer

@@ -40,6 +40,7 @@ class Collected:
     groups: list[EpisodeGroup]
     items: list[list[TrainingItem]]
     dropped: Counter[str] = field(default_factory=Counter)
+    causes: dict[str, str] = field(default_factory=dict)  # by reason, what happened to one of them
 
     @property
     def flat(self) -> list[TrainingItem]:
@@ -86,7 +87,8 @@ async def collect(
         ]
         for group in ordered
     ]
-    return Collected(ordered, items, dropped)
+    causes = {r: cause for group in ordered for r, cause in zip(group.dropped, group.causes, strict=True)}
+    return Collected(ordered, items, dropped, causes | scoring.causes)
 
 
 class _Scoring:
@@ -95,6 +97,7 @@ class _Scoring:
     def __init__(self, teachers: Mapping[str, Teacher], need: SignalKind, timer: StageTimer) -> None:
         self.signals: dict[int, Signal] = {}  # by id() of the episode
         self.dropped: Counter[str] = Counter()
+        self.causes: dict[str, str] = {}
         self._teachers, self._need, self._timer = teachers, need, timer
         self._pending: dict[str, list[tuple[Episode, TeacherView]]] = {}
 
@@ -117,9 +120,10 @@ class _Scoring:
         with self._timer.stage("scoring"):
             try:
                 signals = await scorer.score([view for _, view in pending], self._need)
-            except TeacherError:
+            except TeacherError as error:
                 if len(pending) == 1:
-                    self.dropped[TeacherError.reason] += 1
+                    self.dropped[error.reason] += 1
+                    self.causes[error.reason] = str(error)
                     return
                 for one in pending:  # so that one bad view does not take its neighbours with it
                     await self._score(teacher, [one])

@@ -11,6 +11,7 @@ import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from models.types import Head, Signal, SignalKind
 from training.objectives import Objective, TokenBatch, token_logprobs
 from training.packing import PackedBatch, TrainingItem, pack, token_weights
 
-HEAD_ELEMENTS = 1 << 24  # logits of one chunk: 64 MiB in float32
+HEAD_ELEMENTS = 1 << 23  # logits of one chunk: 32 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,9 @@ class Learner:
 
     def save(self, path: Path) -> None:
         """Optimizer state beside the weights, which `save_pretrained` writes."""
-        extra = {"save_embedding_layers": False} if hasattr(self.lm.model, "peft_config") else {}
+        extra: dict[str, Any] = {}
+        if hasattr(self.lm.model, "peft_config"):
+            extra["save_embedding_layers"] = False  # else PEFT asks the hub whether the vocabulary has changed
         self.lm.model.save_pretrained(path, **extra)
         (path / "trainer_state").mkdir(exist_ok=True)
         torch.save(self._optimizer.state_dict(), path / "trainer_state" / "optimizer.pt")

@@ -156,6 +156,7 @@ class Loop:
             timer=timer,
         )  # fmt: skip
         self._check_signal(collected)
+        await self.sampler.sleep()
         with anyio.CancelScope(shield=True):  # weights are updated by whole steps only
             with timer.stage("training"):
                 measured, updates = await anyio.to_thread.run_sync(self._update, collected)
@@ -171,7 +172,9 @@ class Loop:
     def _check_signal(self, collected: Collected) -> None:
         dropped = collected.dropped.total() / collected.attempts
         if not collected.flat or dropped > self.config.max_dropped_fraction:
-            reasons = ", ".join(f"{count} by {reason}" for reason, count in collected.dropped.items())
+            reasons = "; ".join(
+                f"{count} by {reason}, as: {collected.causes[reason]}" for reason, count in collected.dropped.items()
+            )
             raise NoSignalError(
                 f"step {self.step + 1}: {collected.dropped.total()} of {collected.attempts} episodes were dropped "
                 f"({reasons}), more than max_dropped_fraction={self.config.max_dropped_fraction}. "

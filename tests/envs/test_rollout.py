@@ -103,6 +103,10 @@ class Row:
     teacher_messages: tuple[Message, ...] | None = None
     cleaned: int = 0
 
+    @property
+    def group_size(self) -> int:
+        return len(self.envs)
+
     async def make_envs(self) -> list[Any]:
         if self.fails is not None:
             raise self.fails

@@ -67,7 +67,7 @@ def test_read_in_two_parts_and_decoded_on_is_the_same_as_whole(window: int | Non
     sequences = [random_qkv(n + steps, seed=n) for n in lengths]
     expected = [written_out(*s, scale, window) for s in sequences]
     cache = SlotCache(4)
-    cache.reserve(16)
+    cache.reserve(4, 16)
     for part in cache.layer(0, *random_qkv(1)[1:]):
         part.fill_(100.0)
 
@@ -91,10 +91,10 @@ def test_read_in_two_parts_and_decoded_on_is_the_same_as_whole(window: int | Non
 
 def test_slots_keep_what_they_hold_when_they_grow_are_copied_or_swapped():
     cache = SlotCache(3)
-    cache.reserve(4)
+    cache.reserve(3, 4)
     k, v = cache.layer(1, *random_qkv(1)[1:])
     k[0, :, :4], k[2, :, :2], v[0, :, :4] = 1.0, 2.0, 3.0
-    cache.reserve(SlotCache.GROWTH + 1)
+    cache.reserve(3, SlotCache.GROWTH + 1)
     assert cache.capacity == 2 * SlotCache.GROWTH
     cache.swap(0, 2, 4)
     cache.copy(2, 1, 4)

@@ -79,66 +79,6 @@ def test_everything_is_on_the_disk_before_the_marker_and_the_marker_before_the_n
     assert order == ["model.safetensors", "complete.json", "renamed", "checkpoints"]
 
 
-def test_everything_is_on_the_disk_before_the_marker_and_the_marker_before_the_name(tmp_path, monkeypatch):
-    run = opened(tmp_path)
-    events = []
-    fsync, rename = os.fsync, Path.rename
-
-    def recording_fsync(handle):
-        events.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
-        fsync(handle)
-
-    def recording_rename(self, target):
-        events.append("renamed")
-        return rename(self, target)
-
-    monkeypatch.setattr(os, "fsync", recording_fsync)
-    monkeypatch.setattr(Path, "rename", recording_rename)
-    run.write_checkpoint(1, save("weights"))
-    order = [name for name in events if name in ("model.safetensors", "complete.json", "renamed", "checkpoints")]
-    assert order == ["model.safetensors", "complete.json", "renamed", "checkpoints"]
-
-
-def test_everything_is_on_the_disk_before_the_marker_and_the_marker_before_the_name(tmp_path, monkeypatch):
-    run = opened(tmp_path)
-    events = []
-    fsync, rename = os.fsync, Path.rename
-
-    def recording_fsync(handle):
-        events.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
-        fsync(handle)
-
-    def recording_rename(self, target):
-        events.append("renamed")
-        return rename(self, target)
-
-    monkeypatch.setattr(os, "fsync", recording_fsync)
-    monkeypatch.setattr(Path, "rename", recording_rename)
-    run.write_checkpoint(1, save("weights"))
-    order = [name for name in events if name in ("model.safetensors", "complete.json", "renamed", "checkpoints")]
-    assert order == ["model.safetensors", "complete.json", "renamed", "checkpoints"]
-
-
-def test_everything_is_on_the_disk_before_the_marker_and_the_marker_before_the_name(tmp_path, monkeypatch):
-    run = opened(tmp_path)
-    events = []
-    fsync, rename = os.fsync, Path.rename
-
-    def recording_fsync(handle):
-        events.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
-        fsync(handle)
-
-    def recording_rename(self, target):
-        events.append("renamed")
-        return rename(self, target)
-
-    monkeypatch.setattr(os, "fsync", recording_fsync)
-    monkeypatch.setattr(Path, "rename", recording_rename)
-    run.write_checkpoint(1, save("weights"))
-    order = [name for name in events if name in ("model.safetensors", "complete.json", "renamed", "checkpoints")]
-    assert order == ["model.safetensors", "complete.json", "renamed", "checkpoints"]
-
-
 def test_the_latest_checkpoint_is_by_number_and_only_a_complete_one(tmp_path):
     run = opened(tmp_path)
     for step in (9, 1_000_000, 100):
