@@ -1,0 +1,231 @@
+"""Untrained character-level Llamas of a few thousand weights, and runs of the recipe on them.
+
+`run` trains in this process. `start` does it in a child that is forked from a server which has imported
+everything already, so that a run which is killed twenty times costs no imports.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from models.transformers_sampler import TransformersSampler
+from recipes import on_policy_distillation, setup
+from recipes.cli import parse_config, run_cli
+from recipes.embedded import char_tokenizer
+from recipes.setup import Engines
+from training import loop
+from training.learner import Learner
+from training.run_dir import read_metrics
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).parents[2]
+SMALL = {
+    "dataset": "arithmetic", "max_rows": 40, "eval_size": 4, "groups_per_batch": 4, "max_steps": 2, "max_tokens": 6,
+    "learning_rate": 1e-2, "warmup_steps": 0, "eval_every": 0, "save_every": 0, "eval_teacher": False,
+    "device": "cpu", "sampler_slots": 8,
+}  # fmt: skip
+"""Options of a run that ends within a second."""
+
+REVERSE_KL = {"objective": "reverse_kl"}
+
+
+def make_model(
+    folder: Path,
+    *,
+    seed: int,
+    hidden: int = 16,
+    tokenizer: Any = None,
+    positions: int = 128,
+    extra_vocabulary: int = 0,
+) -> str:
+    """Save a random model, sharper than at initialisation so that two seeds disagree, and its tokenizer."""
+    tokenizer = tokenizer or char_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer) + extra_vocabulary,
+                hidden_size=hidden,
+                intermediate_size=2 * hidden,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                max_position_embeddings=positions,
+                initializer_range=0.2,
+                tie_word_embeddings=False,
+                bos_token_id=None,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=0,
+            )
+        )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def argv(log_path: Path, models: dict[str, str], **options: Any) -> list[str]:
+    """`SMALL` options with these over them, `a__b` for `a.b`."""
+    given = {**SMALL, **models, "log_path": log_path, **{k.replace("__", "."): v for k, v in options.items()}}
+    return [f"{key}={value}" for key, value in given.items()]
+
+
+def run(log_path: Path, models: dict[str, str], *, report: bool = False, **options: Any) -> Path:
+    """Train in this process. Returns the run's folder. The report takes longer than the run, so it has its own test."""
+    recipe = on_policy_distillation
+    with contextlib.nullcontext() if report else no_report():
+        recipe.main(parse_config(recipe.Config, argv(log_path, models, **options), presets=recipe.presets))
+    return Path(log_path)
+
+
+@contextlib.contextmanager
+def no_report():
+    with mock.patch.object(loop, "write_report"), mock.patch.object(on_policy_distillation, "write_report"):
+        yield
+
+
+@contextlib.contextmanager
+def captured_engines() -> Iterator[list[Engines]]:
+    """The engines that runs inside this block make, to look at their weights afterwards."""
+    engines: list[Engines] = []
+    build = setup.build_engines
+
+    def keep(*arguments: Any) -> Engines:
+        engines.append(build(*arguments))
+        return engines[-1]
+
+    with mock.patch.object(setup, "build_engines", keep):
+        yield engines
+
+
+# --- in another process
+
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["pytest", "recipes.on_policy_distillation"])  # by names that it finds: installed ones
+PHASES = ("sampling", "training", "evaluation")
+
+
+def start(argv: Sequence[str], output: Path, *, interrupt: tuple[str, int] | None = None) -> BaseProcess:
+    """`python -m recipes.on_policy_distillation argv…` in a child process, both streams to the file `output`.
+
+    `interrupt=(phase, step)`: it sends itself SIGINT in the midst of that phase after so many steps."""
+    process = _SERVER.Process(target=_child, args=(list(argv), str(output), interrupt))
+    process.start()
+    return process
+
+
+def _child(argv: list[str], output: str, interrupt: tuple[str, int] | None) -> None:
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    if interrupt is not None:
+        _interrupt_in(*interrupt)
+    with no_report():
+        run_cli(
+            on_policy_distillation.main,
+            on_policy_distillation.Config,
+            presets=on_policy_distillation.presets,
+            argv=argv,
+        )
+
+
+def _interrupt_in(phase: str, step: int) -> None:
+    """Have the first computation of that phase, after `step` steps, be interrupted while it goes on."""
+    owner: Any = {"sampling": TransformersSampler, "training": Learner, "evaluation": Learner}[phase]
+    name = {"sampling": "_advance", "training": "forward_backward", "evaluation": "measure"}[phase]
+    compute, train_step, steps = getattr(owner, name), loop.Loop.train_step, [0]
+
+    def interrupted(*arguments: Any) -> Any:
+        if steps[0] == (step + 1 if phase != "evaluation" else step):
+            steps[0] = -1000
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.3)  # the event loop sees the signal while this thread still computes
+        return compute(*arguments)
+
+    async def counted(self: loop.Loop) -> None:
+        steps[0] += 1
+        await train_step(self)
+
+    setattr(owner, name, interrupted)
+    loop.Loop.train_step = counted
+
+
+def finish(process: BaseProcess, timeout_s: float = 120) -> int:
+    process.join(timeout_s)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        raise TimeoutError(f"the run did not end within {timeout_s} s")
+    return process.exitcode
+
+
+# --- what a run left behind
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    adapter = checkpoint / "adapter_model.safetensors"
+    return load_file(adapter if adapter.exists() else checkpoint / "model.safetensors")
+
+
+def final(run_path: Path) -> Path:
+    """The last checkpoint."""
+    return sorted((run_path / "checkpoints").iterdir())[-1]
+
+
+def training_rows(run_path: Path) -> list[dict[str, Any]]:
+    return [row for row in read_metrics(run_path) if "trained_tokens" in row]
+
+
+def evaluation_rows(run_path: Path) -> list[dict[str, Any]]:
+    return [row for row in read_metrics(run_path) if any(name.startswith("eval/") for name in row)]
+
+
+def episodes(run_path: Path, step: int) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_path / "episodes" / f"step_{step:06d}.jsonl").read_text().splitlines()]
+
+
+def fingerprint(run_path: Path) -> dict[str, Any]:
+    """Everything that must be the same, bit for bit, in two runs that are the same but for the clock."""
+    checkpoint = final(run_path)
+    state = torch.load(checkpoint / "trainer_state" / "optimizer.pt", weights_only=True)
+    rows = [
+        {k: v for k, v in row.items() if not k.startswith("time/") and k not in ("tokens_per_s", "peak_memory_mb")}
+        for row in read_metrics(run_path)
+    ]
+    return {
+        "weights": {name: tensor.numpy().tobytes() for name, tensor in weights(checkpoint).items()},
+        "optimizer": {
+            (i, name): value.numpy().tobytes() for i, s in state["state"].items() for name, value in s.items()
+        },
+        "groups": json.dumps(state["param_groups"], sort_keys=True),
+        "state": (checkpoint / "trainer_state" / "state.json").read_text(),
+        "metrics": rows,
+        "episodes": {f.name: f.read_text() for f in sorted((run_path / "episodes").iterdir())},
+    }
+
+
+def leftovers(folder: Path) -> list[str]:
+    """What a write that was not finished leaves behind."""
+    return [str(p) for p in folder.rglob("*") if p.name.startswith((".tmp-", ".old-"))]
+
+
+def copy_without(source: str, target: Path, *patterns: str) -> str:
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(*patterns))
+    return str(target)
