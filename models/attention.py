@@ -57,17 +57,34 @@ class Packed:
         return torch.cat(pieces, dim=2).transpose(1, 2)
 
 
+SMALL = 1 << 16  # scores per head
+
+
 def _causal(query, key, value, scale, window):
     """The last `n` of `m` positions attend to the positions up to their own (`window` at most)."""
     n, m = query.shape[2], key.shape[2]
-    if n == m and (window is None or window >= m):
+    plain = n == m and (window is None or window >= m)
+    if plain and (query.device.type != "cpu" or n * m > SMALL):
         return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
     rows = torch.arange(m - n, m, device=query.device)[:, None]
     columns = torch.arange(m, device=query.device)
     mask = columns <= rows
     if window is not None:
         mask &= columns > rows - window
+    if query.device.type == "cpu" and n * m <= SMALL:
+        return _small(query, key, value, scale, mask)
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+
+
+def _small(query, key, value, scale, mask):
+    """Attention written out. torch's flash kernel for CPUs takes 2 to 9 times as long on short sequences
+    (benchmarks/LOG.md); heads that share keys share one product here, too."""
+    heads, groups, n = query.shape[1], query.shape[1] // key.shape[1], query.shape[2]
+    shared = query.unflatten(1, (-1, groups)).flatten(2, 3)  # [1, K, groups * n, D]
+    scores = torch.matmul(shared, key.transpose(-1, -2)) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = scores.unflatten(2, (groups, n)).masked_fill(~mask, float("-inf"))  # [1, K, groups, n, m]
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return torch.matmul(weights.flatten(2, 3), value).unflatten(2, (groups, n)).reshape(1, heads, n, -1)
 
 
 class SlotCache:
