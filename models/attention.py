@@ -12,6 +12,7 @@ import contextvars
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -48,6 +49,10 @@ class Packed:
     lengths: tuple[int, ...]
 
     def attend(self, layer, query, key, value, scale, window):
+        if sum(self.lengths) != query.shape[2]:
+            raise RuntimeError(f"sequences of {sum(self.lengths)} tokens in all, in a row of {query.shape[2]}")
+        if self._alike:
+            return self._side_by_side(query, key, value, scale, window)
         pieces = []
         for q, k, v in zip(
             *(x.split(self.lengths, dim=2) for x in (query, key, value)),  # [1, heads, length, D]
@@ -55,6 +60,33 @@ class Packed:
         ):
             pieces.append(_causal(q, k, v, scale, window))
         return torch.cat(pieces, dim=2).transpose(1, 2)
+
+    @cached_property
+    def _alike(self) -> bool:
+        """Whether the sequences may as well be padded to one length: at most twice the scores, in one call."""
+        return len(self.lengths) > 1 and len(self.lengths) * max(self.lengths) ** 2 <= 2 * sum(
+            n * n for n in self.lengths
+        )
+
+    @cached_property
+    def _indices(self) -> tuple[Int[Tensor, " B*L"], Int[Tensor, " N"]]:
+        """Row of each padded position (padding: row 0), and padded position of each row."""
+        longest = max(self.lengths)
+        lengths = torch.tensor(self.lengths)
+        columns = torch.arange(longest)
+        real = columns < lengths[:, None]  # [B, L]
+        padded = (lengths.cumsum(0) - lengths)[:, None] + columns
+        return padded.masked_fill(~real, 0).flatten(), real.flatten().nonzero()[:, 0]
+
+    def _side_by_side(self, query, key, value, scale, window):
+        """One causal call on `[B, heads, L, D]`. Padding stands at the end, where no real token sees it."""
+        padded, real = (index.to(query.device) for index in self._indices)
+        q, k, v = (
+            x[0].transpose(0, 1).index_select(0, padded).unflatten(0, (len(self.lengths), -1)).transpose(1, 2)
+            for x in (query, key, value)
+        )
+        out = _causal(q, k, v, scale, window)  # [B, H, L, D]
+        return out.transpose(1, 2).flatten(0, 1).index_select(0, real)[None]
 
 
 SMALL = 1 << 16  # scores per head
@@ -80,11 +112,11 @@ def _small(query, key, value, scale, mask):
     """Attention written out. torch's flash kernel for CPUs takes 2 to 9 times as long on short sequences
     (benchmarks/LOG.md); heads that share keys share one product here, too."""
     heads, groups, n = query.shape[1], query.shape[1] // key.shape[1], query.shape[2]
-    shared = query.unflatten(1, (-1, groups)).flatten(2, 3)  # [1, K, groups * n, D]
+    shared = query.unflatten(1, (-1, groups)).flatten(2, 3)  # [B, K, groups * n, D]
     scores = torch.matmul(shared, key.transpose(-1, -2)) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    scores = scores.unflatten(2, (groups, n)).masked_fill(~mask, float("-inf"))  # [1, K, groups, n, m]
+    scores = scores.unflatten(2, (groups, n)).masked_fill(~mask, float("-inf"))  # [B, K, groups, n, m]
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    return torch.matmul(weights.flatten(2, 3), value).unflatten(2, (groups, n)).reshape(1, heads, n, -1)
+    return torch.matmul(weights.flatten(2, 3), value).unflatten(2, (groups, n)).reshape(len(query), heads, n, -1)
 
 
 class SlotCache:
@@ -146,13 +178,22 @@ class Extend:
     starts: tuple[int, ...]
     lengths: tuple[int, ...]
 
+    @cached_property
+    def _fresh(self) -> Packed:
+        return Packed(self.lengths)
+
     def attend(self, layer, query, key, value, scale, window):
         keys, values = self.cache.layer(layer, key, value)
+        at = 0
+        for slot, start, length in zip(self.slots, self.starts, self.lengths, strict=True):
+            keys[slot, :, start : start + length] = key[0, :, at : at + length]
+            values[slot, :, start : start + length] = value[0, :, at : at + length]
+            at += length
+        if not any(self.starts):
+            return self._fresh.attend(layer, query, key, value, scale, window)
         pieces, at = [], 0
         for slot, start, length in zip(self.slots, self.starts, self.lengths, strict=True):
             stop = start + length
-            keys[slot, :, start:stop] = key[0, :, at : at + length]
-            values[slot, :, start:stop] = value[0, :, at : at + length]
             pieces.append(
                 _causal(
                     query[:, :, at : at + length],
