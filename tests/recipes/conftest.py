@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import tiny_models
+
+from envs import arithmetic
+
+
+@pytest.fixture(scope="session", autouse=True)
+def problems_made_once() -> Iterator[None]:
+    """Ten thousand rows take longer than most of these tests."""
+    with mock.patch.object(arithmetic, "rows", cache(arithmetic.rows)):
+        yield
 
 
 @pytest.fixture(scope="session")

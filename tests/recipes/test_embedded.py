@@ -6,23 +6,29 @@ import multiprocessing
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import tiny_models  # noqa: F401  (one thread)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from envs.arithmetic import completion, rows
+from envs.datasets import Row
 from errors import ConfigError
 from recipes import embedded
 
 TINY = {"teacher": embedded.Recipe(hidden=8, layers=1, heads=1, steps=1, batch=4, learning_rate=1e-3, seed=1)}
 
 
+def few(split: Literal["train", "test"]) -> list[Row]:
+    return rows(split)[:50]
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PROTEGE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(embedded, "RECIPES", TINY)
+    monkeypatch.setattr(embedded, "rows", few)
     return tmp_path / "cache" / "embedded"
 
 
@@ -84,7 +90,7 @@ def _resolve(cache: str, go: Any, results: Any) -> None:
     import os
 
     os.environ["PROTEGE_CACHE"] = cache
-    embedded.RECIPES = TINY
+    embedded.RECIPES, embedded.rows = TINY, few
     make = embedded._make
 
     def slowly(recipe: embedded.Recipe, folder: Path) -> None:

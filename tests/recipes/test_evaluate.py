@@ -58,7 +58,7 @@ def test_the_kl_to_a_teacher_of_a_checkpoint_and_of_an_adapter(tmp_path: Path, m
     assert abs(identical["eval/exact_reverse_kl"]) < 1e-6 and abs(identical["eval/reverse_kl"]) < 1e-6
     start = numbers(tmp_path, **models, eval_size=32)["eval/exact_reverse_kl"]
     for rank in (0, 2):
-        path = tiny_models.run(tmp_path / f"rank{rank}", models, lora_rank=rank, max_steps=12, groups_per_batch=16)
+        path = tiny_models.run(tmp_path / f"rank{rank}", models, lora_rank=rank, max_steps=8, groups_per_batch=8)
         checkpoint = tiny_models.final(path)
         given = {"load_checkpoint_path": checkpoint} if rank else {"model_name": checkpoint}
         found = numbers(tmp_path, **{**models, **given}, eval_size=32)

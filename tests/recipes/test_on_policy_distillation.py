@@ -100,7 +100,11 @@ def test_lora_on_the_teacher_itself_shares_weights_that_do_not_change(tmp_path: 
 
 @pytest.mark.parametrize(
     ("options", "factor"),
-    [({}, 0.5), ({"lora_rank": 8}, 0.7), ({"objective": "reverse_kl", "groups_per_batch": 32}, 0.7)],
+    [
+        ({}, 0.5),
+        pytest.param({"lora_rank": 8}, 0.7, marks=pytest.mark.slow),
+        ({"objective": "reverse_kl", "groups_per_batch": 16}, 0.8),
+    ],
 )
 def test_the_student_becomes_like_its_teacher(options: dict[str, Any], factor: float, tmp_path: Path, models: Models):
     path = run(tmp_path / "run", models, **{"max_steps": 25, "groups_per_batch": 8, "eval_size": 32, **options})
@@ -240,12 +244,12 @@ def test_a_new_run_may_start_from_the_checkpoint_of_another(tmp_path: Path, mode
     full = run(tmp_path / "full", models)
     lora = run(tmp_path / "lora", models, lora_rank=2)
     for name, first, options in (
-        ("full on full", full, {}),
+        ("full on full", full, dict[str, Any]()),
         ("full on merged", lora, {}),
         ("lora on lora", lora, {"lora_rank": 2}),
         ("lora on full", full, {"lora_rank": 2}),
     ):
-        path = run(tmp_path / name, models, load_checkpoint_path=final(first), max_steps=1, **options)
+        path = run(tmp_path / name, models, **{"load_checkpoint_path": final(first), "max_steps": 1, **options})
         was, now = evaluation_rows(first)[-1], evaluation_rows(path)[0]
         assert now["step"] == 0
         assert now["eval/exact_reverse_kl"] == pytest.approx(was["eval/exact_reverse_kl"], abs=1e-5), name
@@ -283,7 +287,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, models: Models) -> d
     return {rank: run(folder / f"rank{rank}", models, lora_rank=rank, **LONG) for rank in (0, 2)}
 
 
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_never_was(
     rank: int, tmp_path: Path, models: Models, uninterrupted: dict[int, Path]
 ):
@@ -313,9 +317,15 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_never_was(
 
 @pytest.mark.parametrize(
     ("phase", "step", "saved"),
-    [("sampling", 0, None), ("sampling", 3, 3), ("training", 0, 1), ("training", 4, 5), ("evaluation", 3, 3),
-     ("evaluation", 6, 6)],
-)  # fmt: skip
+    [
+        pytest.param("sampling", 0, None, marks=pytest.mark.slow),
+        ("sampling", 3, 3),
+        pytest.param("training", 0, 1, marks=pytest.mark.slow),
+        ("training", 4, 5),
+        pytest.param("evaluation", 3, 3, marks=pytest.mark.slow),
+        ("evaluation", 6, 6),
+    ],
+)
 def test_ctrl_c_saves_the_last_finished_step_and_the_same_command_goes_on(
     phase: str, step: int, saved: int | None, tmp_path: Path, models: Models, uninterrupted: dict[int, Path]
 ):

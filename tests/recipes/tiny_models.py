@@ -118,7 +118,6 @@ def captured_engines() -> Iterator[list[Engines]]:
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["pytest", "recipes.on_policy_distillation"])  # by names that it finds: installed ones
-PHASES = ("sampling", "training", "evaluation")
 
 
 def start(argv: Sequence[str], output: Path, *, interrupt: tuple[str, int] | None = None) -> BaseProcess:
@@ -148,20 +147,22 @@ def _child(argv: list[str], output: str, interrupt: tuple[str, int] | None) -> N
 
 def _interrupt_in(phase: str, step: int) -> None:
     """Have the first computation of that phase, after `step` steps, be interrupted while it goes on."""
-    owner: Any = {"sampling": TransformersSampler, "training": Learner, "evaluation": Learner}[phase]
-    name = {"sampling": "_advance", "training": "forward_backward", "evaluation": "measure"}[phase]
-    compute, train_step, steps = getattr(owner, name), loop.Loop.train_step, [0]
+    owner: Any = Learner if phase == "training" else TransformersSampler
+    name = "forward_backward" if phase == "training" else "_advance"
+    compute, train_step = getattr(owner, name), loop.Loop.train_step
+    now = {"step": 0, "training": False}
 
     def interrupted(*arguments: Any) -> Any:
-        if steps[0] == (step + 1 if phase != "evaluation" else step):
-            steps[0] = -1000
+        if now == {"step": step, "training": phase != "evaluation"}:
+            now["step"] = -1000
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.3)  # the event loop sees the signal while this thread still computes
         return compute(*arguments)
 
     async def counted(self: loop.Loop) -> None:
-        steps[0] += 1
+        now["training"] = True
         await train_step(self)
+        now.update(step=now["step"] + 1, training=False)
 
     setattr(owner, name, interrupted)
     loop.Loop.train_step = counted
