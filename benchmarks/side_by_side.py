@@ -20,14 +20,18 @@ from pathlib import Path
 
 import chz
 
+from envs import arithmetic
 from recipes.cli import run_cli
+from recipes.embedded import resolve
 
 
 @chz.chz
 class Config:
-    student: str = chz.field(doc="model folder")
-    teacher: str = chz.field(doc="model folder")
-    prompts: str = chz.field(doc="JSONL with `messages`; the first batch_size x steps are used")
+    student: str = chz.field(default="embedded:student", doc="model folder")
+    teacher: str = chz.field(default="embedded:teacher", doc="model folder")
+    prompts: str | None = chz.field(
+        default=None, doc="JSONL with `messages`, of which the first batch_size x steps are used; default: additions"
+    )
     trl_python: str | None = chz.field(default=None, doc="an interpreter that has trl")
     batch_size: int = chz.field(default=8, doc="prompts per optimizer step")
     micro_batch_size: int = chz.field(default=8, doc="TRL's sequences per forward")
@@ -40,8 +44,11 @@ class Config:
 def main(config: Config) -> None:
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder, "prompts.jsonl")
-        lines = Path(config.prompts).read_text().splitlines()[: config.batch_size * config.steps]
-        prompts.write_text("\n".join(lines) + "\n")
+        if config.prompts is None:
+            lines = [json.dumps({"messages": row.messages}) for row in arithmetic.rows("train")]
+        else:
+            lines = Path(config.prompts).read_text().splitlines()
+        prompts.write_text("\n".join(lines[: config.batch_size * config.steps]) + "\n")
         results = {f"protege {o}": _protege(config, o, prompts, Path(folder, o)) for o in config.objectives}
         if config.trl_python is not None:
             results["trl beta=1"] = _trl(config, prompts)
@@ -59,7 +66,8 @@ def main(config: Config) -> None:
 def _protege(config: Config, objective: str, prompts: Path, run: Path) -> dict[str, float]:
     """Tokens/s from the run's own metrics. The training stage includes the teacher's scoring, as TRL's does."""
     arguments = {
-        "model_name": config.student, "teacher_model": config.teacher, "dataset": prompts, "objective": objective,
+        "model_name": resolve(config.student), "teacher_model": resolve(config.teacher),
+        "dataset": prompts, "objective": objective,
         "groups_per_batch": config.batch_size, "max_tokens": config.max_tokens, "max_steps": config.steps,
         "learning_rate": 1e-5, "micro_batch_tokens": config.micro_batch_tokens, "eval_size": 0, "log_path": run,
         "dtype": "float32",
@@ -85,7 +93,8 @@ def _protege(config: Config, objective: str, prompts: Path, run: Path) -> dict[s
 def _trl(config: Config, prompts: Path) -> dict[str, float]:
     assert config.trl_python is not None
     arguments = {
-        "student": config.student, "teacher": config.teacher, "prompts": prompts, "batch_size": config.batch_size,
+        "student": resolve(config.student), "teacher": resolve(config.teacher), "prompts": prompts,
+        "batch_size": config.batch_size,
         "micro_batch_size": config.micro_batch_size, "max_tokens": config.max_tokens, "steps": config.steps,
         "gradient_checkpointing": False, "learning_rate": 1e-5,
     }  # fmt: skip

@@ -267,7 +267,9 @@ def split_held_out(
         if len(held_out) + len(members[g]) <= n:
             held_out.update(members[g])
     if len(held_out) == len(rows):
-        raise DataError(f"holding out {n} of {len(rows)} rows leaves none to train on; hold out fewer")
+        raise DataError(
+            f"holding out {n} of {len(rows)} rows leaves none to train on; lower eval_size (0: no evaluation)"
+        )
     train = [row for i, row in enumerate(rows) if i not in held_out]
     return train, [rows[i] for i in sorted(held_out)]
 

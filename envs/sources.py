@@ -72,8 +72,6 @@ SOURCES: dict[str, Source] = {
 }
 NAMES = ("arithmetic", *SOURCES)
 
-NAMES = ("arithmetic", *SOURCES)
-
 # --- loading --------------------------------------------------------------------------------------
 
 
@@ -116,6 +114,18 @@ def load_dataset_rows(
         train, test = split_held_out(reader.read(splits["train"], "train", wanted), eval_size, seed)
     grader = "arithmetic" if name == "arithmetic" else source.grader if source else _grader_for(train + test)
     return Dataset(name, train[:max_rows], test, grader)
+
+
+def load_eval_rows(dataset: str, dataset_path: str | None = None, *, eval_size: int, seed: int) -> Dataset:
+    """At most `eval_size` rows to evaluate on, in `test`: of a file without a test split, any of its rows.
+
+    Raises DataError, as `load_dataset_rows`.
+    """
+    if dataset in NAMES:
+        return load_dataset_rows(dataset, dataset_path, eval_size=eval_size, seed=seed)
+    whole = load_dataset_rows(dataset, dataset_path, eval_size=0, seed=seed)
+    rows = whole.test or whole.train
+    return Dataset(whole.name, [], _sample(rows, eval_size, seed), whole.grader)
 
 
 def locate(dataset: str, dataset_path: str | None) -> tuple[str, Source | None, Path | None]:

@@ -137,9 +137,11 @@ class SlotCache:
         """Make room for `rows` sequences of `tokens` tokens, keeping what is there."""
         if tokens <= self.capacity and rows <= self.rows:
             return
-        self.capacity = max(self.capacity, -(-tokens // self.GROWTH) * self.GROWTH)
+        if tokens > self.capacity:
+            self.capacity = -(-max(tokens, self.capacity * 5 // 4) // self.GROWTH) * self.GROWTH
         self.rows = max(self.rows, rows)
-        self._layers = {layer: (self._grown(k), self._grown(v)) for layer, (k, v) in self._layers.items()}
+        for layer, (key, value) in self._layers.items():  # one at a time: old and new are never both there whole
+            self._layers[layer] = (self._grown(key), self._grown(value))
 
     def _grown(self, old: Tensor) -> Tensor:
         new = self._empty(old)

@@ -6,6 +6,7 @@ the head, and so that full `[T, vocab]` logits never exist.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -19,8 +20,15 @@ from errors import ModelError
 from models import attention
 from models.attention import Layout, Packed
 
-# Largest difference in logprobs between our two paths and the plain forward that is rounding and not a bug.
-TOLERANCE = {torch.float32: 2e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
+logger = logging.getLogger(__name__)
+# Largest KL, in nats, between our paths and the plain forward that is rounding and not a bug. Not a difference
+# of logprobs: rounding moves those of unlikely tokens a lot, and nothing depends on them.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.02}
+
+
+def largest_kl(ours: Float[Tensor, "n v"], theirs: Float[Tensor, "n v"]) -> float:
+    """Over n positions, of two sets of log-probabilities."""
+    return (theirs.exp() * (theirs - ours)).sum(-1).abs().max().item()
 
 
 class CausalLM:
@@ -64,11 +72,14 @@ class CausalLM:
             except ModelError:  # soft caps and sinks: sdpa would leave them out without a word
                 exact = "eager"
             model.set_attn_implementation(exact)
+            logger.warning(
+                "%s cannot be packed: it runs on padded batches (%s), which is slower", model.config.model_type, exact
+            )
             difference = lm._difference_from_plain_forward()
         if not difference <= TOLERANCE[compute_dtype]:
             raise ModelError(
                 f"{model.config.name_or_path or type(model).__name__}: the head is not a plain linear layer "
-                f"on the final hidden states (logprobs differ by {difference:.3g} from the model's own forward); "
+                f"on the final hidden states (KL {difference:.3g} from the model's own forward); "
                 "this architecture is not supported"
             )
         return lm
@@ -145,7 +156,7 @@ class CausalLM:
 
     @torch.no_grad()
     def _difference_from_plain_forward(self) -> float:
-        """Largest difference of logprobs on two short probes, packed together against one by one."""
+        """Largest KL on two short probes, packed together against one by one."""
         generator = torch.Generator().manual_seed(0)
         probes = [torch.randint(0, self.vocab_size, (n,), generator=generator) for n in (9, 6)]
         try:
@@ -159,4 +170,4 @@ class CausalLM:
             for probe in probes:
                 out: Any = self.model(input_ids=probe[None].to(self.device), use_cache=False)
                 plain.append(out.logits[0].float().log_softmax(-1))
-        return (ours - torch.cat(plain)).abs().max().item()
+        return largest_kl(ours, torch.cat(plain))

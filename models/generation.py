@@ -19,7 +19,7 @@ from torch import Tensor
 
 from errors import ModelError
 from models.attention import Decode, Extend, SlotCache
-from models.causal_lm import TOLERANCE, CausalLM
+from models.causal_lm import TOLERANCE, CausalLM, largest_kl
 
 PREFILL_TOKENS = 4096  # of one forward, bounds its activations
 
@@ -215,7 +215,7 @@ class PaddedStepper:
         self.forget()
         whole = self.lm.hidden([torch.tensor(ids) for ids in sequences])[[3, 6, 4, 7]]
         ours, theirs = (self.lm.logits(hidden).log_softmax(-1) for hidden in (torch.cat(rows), whole))
-        if not (difference := (ours - theirs).abs().max().item()) <= TOLERANCE[self.lm.compute_dtype]:
+        if not (difference := largest_kl(ours, theirs)) <= TOLERANCE[self.lm.compute_dtype]:
             raise ModelError(
                 f"{self.lm.model.config.name_or_path or type(self.lm.model).__name__}: generating in left-padded "
                 f"batches changes its logprobs by {difference:.3g}; this architecture needs slots=1"

@@ -171,6 +171,8 @@ class TransformersSampler:
         temperature = torch.tensor([r.params.temperature for r in requests], device=logits.device)
         uniforms = torch.stack([r.uniforms[len(r.ids)] for r in requests]).to(logits.device)
         ids, logprobs = draw(logits, temperature, uniforms)
+        if not torch.isfinite(logprobs).all():
+            raise SamplerError("the student's logits are not finite; its weights are broken")
         for request, token, logprob in zip(requests, ids.tolist(), logprobs.tolist(), strict=True):
             request.ids.append(token)
             request.logprobs.append(logprob)

@@ -44,7 +44,7 @@ class TransformersScorer:
 
     def head(self, hidden: Float[Tensor, "n h"]) -> Float[Tensor, "n v"]:
         """The teacher's logits at its temperature."""
-        return self._lm.logits(hidden) / self.temperature
+        return self._lm.logits(hidden.to(self._lm.device)) / self.temperature
 
     @torch.no_grad()
     def _score(self, views: Sequence[TeacherView], need: SignalKind) -> list[Signal]:
@@ -64,7 +64,7 @@ class TransformersScorer:
 
     def _signal(self, hidden: Float[Tensor, "n h"], view: TeacherView, need: SignalKind) -> Signal:
         if need is SignalKind.FULL:
-            return Signal(hidden=hidden, head=self.head, swap=view.swap)
+            return Signal(hidden=hidden.cpu(), head=self.head, swap=view.swap)  # a whole batch is too much for a GPU
         ids = torch.from_numpy(view.token_ids[view.positions]).long().to(hidden.device)
         chunk = max(1, HEAD_ELEMENTS // self._lm.vocab_size)
         pieces = []

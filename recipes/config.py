@@ -26,7 +26,7 @@ MAY_DIFFER_ON_RESUME = frozenset(
         "eval_teacher",
     }
 )  # fmt: skip
-"""Options that a resumed run may change: none of them changes what a step computes."""
+"""Options that a resumed run may change: at the same device, none changes what a step computes."""
 
 
 @chz.chz
@@ -57,8 +57,12 @@ class TrainConfig:
     # teacher
     teacher_model: str = chz.field(doc="the teacher: hub id, local folder or .gguf file")
     teacher_checkpoint: str | None = chz.field(default=None, doc="the teacher's weights: HF folder or adapter")
-    teacher_system_prompt: str | None = chz.field(default=None, doc="system message in the teacher's view")
-    teacher_chat_template_kwargs: str = chz.field(default="{}", doc="JSON object for the teacher's chat template")
+    teacher_system_prompt: str | None = chz.field(
+        default=None, doc="system message in the teacher's view; default: the student's, '' for none"
+    )
+    teacher_chat_template_kwargs: str | None = chz.field(
+        default=None, doc="JSON object for the teacher's chat template; default: the student's"
+    )
     teacher_temperature: float | None = chz.field(
         default=None, doc="temperature of the teacher's logprobs; must be `temperature`, which is the default"
     )
@@ -113,7 +117,7 @@ class TrainConfig:
 
     # machine
     device: str = chz.field(default="auto", doc="auto, cpu, cuda or cuda:N")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = chz.field(
+    dtype: Literal["auto", "float32", "bfloat16"] = chz.field(
         default="auto",
         doc="of the computation; auto: bfloat16 on CUDA, else float32. Full fine-tuning keeps float32 weights",
     )
@@ -207,10 +211,14 @@ class TrainConfig:
 
     def template_kwargs(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The student's and the teacher's `chat_template_kwargs`, parsed. Raises `ConfigError`."""
-        return (
-            _json_object("chat_template_kwargs", self.chat_template_kwargs),
-            _json_object("teacher_chat_template_kwargs", self.teacher_chat_template_kwargs),
-        )
+        ours = _json_object("chat_template_kwargs", self.chat_template_kwargs)
+        if self.teacher_chat_template_kwargs is None:
+            return ours, ours
+        return ours, _json_object("teacher_chat_template_kwargs", self.teacher_chat_template_kwargs)
+
+    def may_differ_on_resume(self) -> frozenset[str]:
+        """A schedule that decays to 0 over `max_steps` cannot have these changed half-way."""
+        return MAY_DIFFER_ON_RESUME - ({"max_steps"} if self.lr_schedule != "constant" else set())
 
 
 _AT_LEAST = {

@@ -115,9 +115,9 @@ def _make(recipe: Recipe, folder: Path) -> None:
                 bos_token_id=None,
                 eos_token_id=_SPECIAL.index("<|end|>"),
                 pad_token_id=_PAD,
-                attn_implementation="eager",  # the fastest for sequences this short
             )
         )
+        model.set_attn_implementation("eager")  # the fastest for sequences this short
         _train(model, tokenizer, rows("train"), recipe)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -11,13 +11,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import anyio
 import chz
 
 from envs.datasets import Dataset
-from envs.sources import load_dataset_rows
+from envs.sources import load_eval_rows
 from errors import ConfigError, DataError
 from recipes import setup
 from recipes.cli import run_cli
@@ -36,7 +36,9 @@ class Config:
     teacher_checkpoint: str | None = chz.field(default=None, doc="the teacher's weights: HF folder or adapter")
     dataset: str = chz.field(default="arithmetic", doc="arithmetic, deepmath, tulu3, gsm8k, or a path to JSONL")
     dataset_path: str | None = chz.field(default=None, doc="a local copy of the named dataset: file or folder")
-    eval_size: int = chz.field(default=500, doc="at most this many held-out rows")
+    eval_size: int = chz.field(
+        default=500, doc="at most this many rows: of the test split, or of all that a JSONL file has"
+    )
     samples: int = chz.field(default=1, doc="sampled attempts per row; 0: greedy only")
     temperature: float = chz.field(default=1.0, doc="of the sampled attempts")
     max_tokens: int = chz.field(default=512, doc="longest answer, in tokens")
@@ -44,7 +46,7 @@ class Config:
     chat_template_kwargs: str = chz.field(default="{}", doc="JSON object for the chat template")
     sampler_slots: int = chz.field(default=64, doc="largest batch of concurrent generation")
     device: str = chz.field(default="auto", doc="auto, cpu, cuda or cuda:N")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = chz.field(default="auto", doc="of the computation")
+    dtype: Literal["auto", "float32", "bfloat16"] = chz.field(default="auto", doc="of the computation")
     seed: int = 0
     output_path: str | None = chz.field(default=None, doc="write the numbers to this JSON file")
 
@@ -66,9 +68,7 @@ class Config:
             teacher_model=self.teacher_model or self.model_name,
             teacher_checkpoint=self.teacher_checkpoint if self.teacher_model else self.load_checkpoint_path,
             system_prompt=self.system_prompt,
-            teacher_system_prompt=self.system_prompt,
             chat_template_kwargs=self.chat_template_kwargs,
-            teacher_chat_template_kwargs=self.chat_template_kwargs,
             temperature=self.temperature,
             max_tokens=self.max_tokens,
             sampler_slots=self.sampler_slots,
@@ -81,7 +81,7 @@ class Config:
 def main(config: Config) -> None:
     if config.output_path is not None and not Path(config.output_path).absolute().parent.is_dir():
         raise ConfigError(f"output_path={config.output_path}: its folder does not exist")
-    data = load_dataset_rows(config.dataset, config.dataset_path, eval_size=config.eval_size, seed=config.seed)
+    data = load_eval_rows(config.dataset, config.dataset_path, eval_size=config.eval_size, seed=config.seed)
     if not data.test:
         raise DataError(f"{data.name} has no held-out rows")
     training = config.as_training()
@@ -118,5 +118,10 @@ async def _evaluate(
         )
 
 
+def presets(given: dict[str, str]) -> dict[str, Any]:
+    """The embedded models have a context of 128 tokens."""
+    return {"max_tokens": 24} if given.get("dataset", "arithmetic") == "arithmetic" else {}
+
+
 if __name__ == "__main__":
-    run_cli(main, Config, argv=sys.argv[1:])
+    run_cli(main, Config, presets=presets, argv=sys.argv[1:])

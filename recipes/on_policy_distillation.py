@@ -23,12 +23,12 @@ from rich.text import Text
 
 from envs.datasets import Cursor, Dataset
 from envs.sources import load_dataset_rows, locate
-from errors import ConfigError
+from errors import ConfigError, DataError
 from models.checks import probe_scorer, probe_view
 from models.transformers_sampler import TransformersSampler
 from recipes import setup
 from recipes.cli import run_cli
-from recipes.config import MAY_DIFFER_ON_RESUME, TrainConfig
+from recipes.config import TrainConfig
 from training.evaluation import evaluate
 from training.loop import DatasetPlan, Loop
 from training.progress import Progress
@@ -58,6 +58,10 @@ class Config(TrainConfig):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name}={value}: expected {least} or more")
+        if self.num_substeps > self.groups_per_batch:
+            raise ConfigError(
+                f"num_substeps={self.num_substeps}: there are only {self.groups_per_batch} groups to split"
+            )
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -108,6 +112,9 @@ def presets(given: dict[str, str]) -> dict[str, Any]:
     dataset = given.get("dataset", "arithmetic")
     if dataset not in PRESETS:
         locate(dataset, given.get("dataset_path"))  # a typo is named here, not the options that it did not bring
+    if dataset not in PRESETS and Path(dataset).is_file():
+        with open(dataset, "rb") as lines:  # a short file is not spent on evaluation
+            return {"eval_size": min(64, sum(1 for _ in lines) // 10)}
     return PRESETS.get(dataset, {})
 
 
@@ -117,9 +124,11 @@ def main(config: Config) -> None:
         for line in dry_run_lines(config, checked):
             Console(soft_wrap=True).print(line)
         return
-    differing = MAY_DIFFER_ON_RESUME
     run_dir = open_run_dir(
-        log_path(config), chz.asdict(config), config.behavior_if_log_dir_exists, may_differ=differing
+        log_path(config),
+        chz.asdict(config),
+        config.behavior_if_log_dir_exists,
+        may_differ=config.may_differ_on_resume(),
     )
     with run_dir:
         try:
@@ -145,6 +154,12 @@ def check(config: Config) -> Checked:
     data = load_dataset_rows(
         config.dataset, config.dataset_path, eval_size=config.eval_size, seed=config.seed, max_rows=config.max_rows
     )
+    for row in (*data.train, *data.test):
+        if row.teacher not in (None, config.teacher_model):
+            raise DataError(
+                f"{row.row_id}: its teacher is {row.teacher!r}, this run has only {config.teacher_model!r}. "
+                "Remove the key, or give the rows of each teacher to a run of their own"
+            )
     models = setup.check_models(config)
     data = setup.check_prompt_lengths(
         data,
@@ -182,7 +197,7 @@ def dry_run_lines(config: Config, checked: Checked) -> list[str | Text]:
         Text(f"  its prompt has {len(teacher)} tokens" + (" (privileged)" if row.teacher_messages else "")),
         Text("memory", "bold"),
         *(Text(f"  {line}") for line in setup.memory_lines(config, models)),
-        Text("dry run: nothing was loaded or trained", "bold"),
+        Text("dry run: no weights were loaded, no run was started", "bold"),
     ]
 
 
@@ -243,8 +258,10 @@ async def _run(config: Config, checked: Checked, parts: setup.Engines, run_dir: 
             progress.message(f"resumed at step {loop.step} from {latest[1]}")
         if config.eval_teacher and eval_sets and not _has(run_dir, "eval/teacher_accuracy"):
             await _evaluate_teacher(config, checked, parts, loop)
-        await loop.run()
-        loop.trackers.close()
+        try:
+            await loop.run()
+        finally:
+            loop.trackers.close()
     write_report(run_dir.path)
     print_summary(run_dir)
 

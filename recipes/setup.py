@@ -13,7 +13,7 @@ from pathlib import Path
 
 import anyio
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from envs.datasets import Dataset, Row
 from envs.prompt_only import PromptOnlyGroupBuilder
@@ -75,7 +75,8 @@ def check_models(config: TrainConfig) -> CheckedModels:
         check_source(source)
     ours, theirs = config.template_kwargs()
     student_renderer = renderer_for(student, ours, config.system_prompt)
-    teacher_renderer = renderer_for(teacher, theirs, config.teacher_system_prompt)
+    system_prompt = config.system_prompt if config.teacher_system_prompt is None else config.teacher_system_prompt
+    teacher_renderer = renderer_for(teacher, theirs, system_prompt or None)
     for renderer in (student_renderer, teacher_renderer):
         renderer.check()
     return CheckedModels(
@@ -114,7 +115,7 @@ def renderer_for(source: ModelSource, kwargs: dict, system_prompt: str | None) -
 
 def _generation_stop_ids(source: ModelSource) -> list[int]:
     try:
-        ids = GenerationConfig.from_pretrained(source.name).eos_token_id
+        ids = GenerationConfig.from_pretrained(str(Path(source.name).expanduser())).eos_token_id
     except (OSError, ValueError):  # it has none, as .gguf files do not
         return []
     return ids if isinstance(ids, list) else [] if ids is None else [ids]
@@ -164,7 +165,7 @@ def check_prompt_lengths(
     kept = replace(
         data, train=[r for r in data.train if not too_long(r)], test=[r for r in data.test if not too_long(r)]
     )
-    if not kept.train:
+    if data.train and not kept.train:
         raise DataError(f"{data.name}: every prompt is longer than {limit} tokens")
     for split, all_rows, left in (("training", data.train, kept.train), ("held-out", data.test, kept.test)):
         if len(left) < len(all_rows):
@@ -239,7 +240,18 @@ def load_lm(config: TrainConfig, models: CheckedModels, source: ModelSource, dty
     use_fast_exact_matmul()
     implementation = attention.NAME if config.attn_implementation == "auto" else config.attn_implementation
     model = load_model(source, dtype=dtype, device=models.device, attn_implementation=implementation)
+    _mend_generation_config(model)
     return CausalLM.verified(model, compute_dtype=models.compute_dtype)
+
+
+def _mend_generation_config(model: PreTrainedModel) -> None:
+    """Older models carry a temperature without `do_sample`: they load, but `save_pretrained` refuses them."""
+    settings = model.generation_config
+    if settings is not None:
+        try:
+            settings.validate(strict=True)
+        except ValueError:
+            settings.do_sample = True
 
 
 def load_teacher(config: TrainConfig, models: CheckedModels) -> CausalLM:
@@ -270,8 +282,9 @@ def no_dropout(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+        for name, value in vars(module).items():  # dropout by function: the rate is an attribute, as in OPT
+            if isinstance(value, float) and ("drop" in name):
+                setattr(module, name, 0.0)
 
 
 def group_builder(

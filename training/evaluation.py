@@ -79,6 +79,7 @@ async def evaluate(
         metrics |= _shape(sampled, "eval/")
         if judge is not None:
             objective: Objective = JSD(beta=1.0) if exact else ReverseKL()
+            await sampler.sleep()
             measured = await anyio.to_thread.run_sync(judge.learner.measure, sampled.flat, objective)
             rows = [item.episode.row_id for item in sampled.flat]
             metrics |= _token_mean(measured, rows, "kl", "eval/reverse_kl")

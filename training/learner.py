@@ -24,7 +24,7 @@ from models.types import Head, Signal, SignalKind
 from training.objectives import Objective, TokenBatch, token_logprobs
 from training.packing import PackedBatch, TrainingItem, pack, token_weights
 
-HEAD_ELEMENTS = 1 << 23  # logits of one chunk: 32 MiB in float32
+HEAD_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 27}  # logits of one chunk: 32 or 512 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,14 @@ class Learner:
         temperature: float = 1.0,
         token_budget: int = 4096,
         reduction: str = "token_mean",
-        head_elements: int = HEAD_ELEMENTS,
+        head_elements: int | None = None,
     ) -> None:
         self.lm = lm
         self.config = optimizer or OptimizerConfig()
         self.temperature = temperature
         self.token_budget = token_budget
         self.reduction = reduction
-        self.head_elements = head_elements
+        self.head_elements = head_elements or HEAD_ELEMENTS.get(lm.device.type, 1 << 23)
         self.parameters = [p for p in lm.model.parameters() if p.requires_grad]
         self._optimizer = self._make_optimizer()
 
@@ -78,7 +78,13 @@ class Learner:
 
     def forward_backward(self, items: Sequence[TrainingItem], objective: Objective) -> list[ItemMetrics]:
         """Add the gradient of the objective over `items`, which make up one optimizer step."""
-        return self._run(items, objective, train=True)
+        try:
+            return self._run(items, objective, train=True)
+        except torch.OutOfMemoryError as error:
+            raise ProtegeError(
+                f"out of memory with {self.token_budget} tokens at a time: lower micro_batch_tokens, set "
+                "activation_checkpointing=True, or use LoRA. The run goes on from its last checkpoint"
+            ) from error
 
     @torch.no_grad()
     def measure(self, items: Sequence[TrainingItem], objective: Objective) -> list[ItemMetrics]:

@@ -95,6 +95,7 @@ class Loop:
     exact_eval: bool = True
     step: int = 0
     _cursor_states: list[dict] = field(default_factory=list)  # as of the last finished step
+    _texts: dict[int, str] = field(default_factory=dict)
 
     # --- the whole run
 
@@ -163,9 +164,10 @@ class Loop:
             self.step += 1
             self._cursor_states = [plan.cursor.state() for plan in self.plans]
             await self.sampler.update_weights(self.step)
+            with timer.stage("writing"):
+                await anyio.to_thread.run_sync(self._write_episodes, collected, measured)
             row = self._row(collected, measured, updates, timer)
             self.run_dir.append_metrics(row)
-            self.run_dir.write_episodes(self.step, self._episode_rows(collected, measured))
         self.trackers.log(row)
         self.progress.update(row)
 
@@ -220,8 +222,9 @@ class Loop:
         row |= {f"dataset/{plan.name}/epoch": plan.cursor.epoch for plan in self.plans}
         return row
 
-    def _episode_rows(self, collected: Collected, measured: Mapping[int, ItemMetrics]) -> list[dict]:
-        return [episode_row(item, measured[id(item)], self.renderer) for item in collected.flat]
+    def _write_episodes(self, collected: Collected, measured: Mapping[int, ItemMetrics]) -> None:
+        rows = (episode_row(item, measured[id(item)], self.renderer, self._texts) for item in collected.flat)
+        self.run_dir.write_episodes(self.step, rows)
 
     async def evaluate(self) -> dict[str, float]:
         """Evaluate every set, append one row of `eval/…` metrics."""
@@ -258,8 +261,11 @@ class Loop:
             (folder / "trainer_state" / "state.json").write_text(json.dumps(state))
 
         path = self.run_dir.write_checkpoint(self.step, write, final=final)
-        self.run_dir.prune(self.config.keep_checkpoints)
-        write_report(self.run_dir.path)
+        try:
+            self.run_dir.prune(self.config.keep_checkpoints)
+            write_report(self.run_dir.path)
+        except OSError as error:  # the checkpoint is there: what is missing now can be made later
+            self.progress.message(f"the report or an old checkpoint could not be written or removed: {error}")
         return path
 
     def restore(self, folder: Path) -> None:
@@ -299,14 +305,18 @@ def add_episode(sums: SumMetrics, item: TrainingItem, measured: ItemMetrics) -> 
 _METRIC_NAMES = {"ratio": "ratio/mean", "ratio_truncated": "ratio/truncated_fraction"}
 
 
-def episode_row(item: TrainingItem, measured: ItemMetrics, renderer: Renderer) -> dict:
-    """One line of `episodes/`: every token with its mask, the student's and the teacher's logprob."""
+def episode_row(item: TrainingItem, measured: ItemMetrics, renderer: Renderer, texts: dict[int, str]) -> dict:
+    """One line of `episodes/`: every token with its mask, the student's and the teacher's logprob.
+
+    `texts` remembers how single ids decode, from row to row."""
     episode = item.episode
     teacher: list[float | None] = [None] * len(episode)
     if "teacher_logprob" in measured.values:
         for position, value in zip(episode.sampled.nonzero()[0], measured.values["teacher_logprob"], strict=True):
             teacher[position] = float(value)
     ids = episode.token_ids.tolist()
+    for token in set(ids) - texts.keys():
+        texts[token] = renderer.tokenizer.decode([token])
     return {
         "dataset": episode.dataset,
         "row_id": episode.row_id,
@@ -317,7 +327,7 @@ def episode_row(item: TrainingItem, measured: ItemMetrics, renderer: Renderer) -
         "messages": list(episode.prompt_messages),
         "completion": renderer.decode(episode.token_ids[episode.sampled].tolist()),
         "token_ids": ids,
-        "tokens": [renderer.tokenizer.decode([token]) for token in ids],
+        "tokens": [texts[token] for token in ids],
         "sampled": episode.sampled.tolist(),
         "sampler_logprobs": episode.sampler_logprobs.tolist(),
         "teacher_logprobs": teacher,

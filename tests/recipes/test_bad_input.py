@@ -63,6 +63,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "negative learning rate": ({"learning_rate": -1}, ("learning_rate=-1", "positive")),
     "learning rate nan": ({"learning_rate": "nan"}, ("learning_rate=nan",)),
     "no groups": ({"groups_per_batch": 0}, ("groups_per_batch=0", "expected 1 or more")),
+    "more substeps than groups": ({"num_substeps": 9}, ("num_substeps=9", "groups")),
     "no attempts": ({"group_size": 0}, ("group_size=0",)),
     "no tokens": ({"max_tokens": 0}, ("max_tokens=0",)),
     "no steps": ({"max_steps": 0}, ("max_steps=0",)),
@@ -157,7 +158,7 @@ def test_a_file_without_rows_or_with_fewer_than_are_held_out(
     empty = write(tmp_path / "empty.jsonl", "")
     assert_refused(capfd, tmp_path, tiny_models.argv(tmp_path / "run", models, dataset=empty), "has no rows")
     one = write(tmp_path / "one.jsonl", GOOD)
-    assert_refused(capfd, tmp_path, tiny_models.argv(tmp_path / "run", models, dataset=one), "hold out fewer")
+    assert_refused(capfd, tmp_path, tiny_models.argv(tmp_path / "run", models, dataset=one), "lower eval_size")
 
 
 @pytest.mark.parametrize("side", ["messages", "teacher_messages", "system_prompt", "teacher_system_prompt"])
@@ -363,3 +364,9 @@ def test_a_checkpoint_that_cannot_be_written_is_one_message(
     assert code == 1 and len(re.findall("^error: ", err, re.MULTILINE)) == 1 and "Traceback" not in err
     assert "The disk is full" in err and f"last complete checkpoint is {path}/checkpoints/step_000001" in err
     assert leftovers(path) == [] and [p.name for p in (path / "checkpoints").iterdir()] == ["step_000001"]
+
+
+def test_a_row_that_names_another_teacher(capfd: pytest.CaptureFixture[str], tmp_path: Path, models: Models):
+    file = write(tmp_path / "rows.jsonl", GOOD, {**GOOD, "id": "b", "teacher": "nobody"})
+    argv = tiny_models.argv(tmp_path / "run", models, dataset=file, eval_size=0)
+    assert_refused(capfd, tmp_path, argv, "b: its teacher is 'nobody'", "Remove the key")

@@ -52,6 +52,8 @@ class Answers:
     def __post_init__(self) -> None:
         self.greedy, self.drawn = copy.deepcopy((self.greedy, self.drawn))
 
+    async def sleep(self) -> None: ...
+
     async def sample(self, prompt_ids: Sequence[int], params: SamplingParams) -> Sampled:
         question = RENDERER.tokenizer.decode(list(prompt_ids)).split("<|user|>")[1].split("=")[0]
         said = (self.drawn if params.temperature else self.greedy)[question].pop(0)
