@@ -110,12 +110,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def presets(given: dict[str, str]) -> dict[str, Any]:
     dataset = given.get("dataset", "arithmetic")
-    if dataset not in PRESETS:
-        locate(dataset, given.get("dataset_path"))  # a typo is named here, not the options that it did not bring
-    if dataset not in PRESETS and Path(dataset).is_file():
-        with open(dataset, "rb") as lines:  # a short file is not spent on evaluation
-            return {"eval_size": min(64, sum(1 for _ in lines) // 10)}
-    return PRESETS.get(dataset, {})
+    if dataset in PRESETS:
+        return PRESETS[dataset]
+    locate(dataset, given.get("dataset_path"))  # a typo is named here, not the options that it did not bring
+    if not Path(dataset).is_file():
+        return {}
+    with open(dataset, "rb") as lines:  # a short file is not spent on evaluation
+        return {"eval_size": min(64, sum(1 for _ in lines) // 10)}
 
 
 def main(config: Config) -> None:
