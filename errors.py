@@ -57,3 +57,23 @@ class SamplerError(InfrastructureError):
 
 class NoSignalError(ProtegeError):
     """A step has nothing to train on, or too many episodes were dropped."""
+
+
+class SandboxUnavailableError(UserError):
+    """There is no container engine to talk to."""
+
+
+class SandboxError(InfrastructureError):
+    """A sandbox could not be made, reached, or trusted any longer."""
+
+    reason = "sandbox"
+
+
+class SandboxCommandTimeout(SandboxError):
+    """A command ran out of time and is proven dead, its children too: the one sandbox error a model is told."""
+
+
+class ImageBuildError(SandboxError):
+    """An image could not be built; names the failing step and where the log is."""
+
+    reason = "image"

@@ -1,0 +1,109 @@
+"""The sandbox contract: a place to run commands and hold files, with limits, owned by one episode.
+
+Everything that goes wrong on our side is a `SandboxError` and drops the episode. What the command
+itself did, a non-zero exit included, is an `ExecResult`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+
+@dataclass(frozen=True)
+class SandboxConfig:
+    """What a sandbox may do and use. The defaults hold an untrusted model."""
+
+    network: Literal["none", "bridge"] = "none"
+    cpus: float = 1.0
+    memory_mb: int = 2048
+    pids: int = 256
+    user: str | None = None  # None: the image's
+    workdir: str | None = None  # None: the image's
+    env: Mapping[str, str] = field(default_factory=dict)
+    read_only_root: bool = False
+    tmpfs_mb: Mapping[str, int] = field(default_factory=dict)  # mount point -> size
+    mounts: Mapping[str, str] = field(default_factory=dict)  # host path -> path inside, read-only
+    capabilities: tuple[str, ...] = ()  # added to none
+    runtime: str | None = None  # the engine's runtime, as "runsc"
+    max_output_bytes: int = 64 * 1024  # of each of stdout and stderr
+    lease_s: float = 6 * 3600.0  # the sandbox ends itself after this, whoever forgets it
+
+
+@dataclass(frozen=True)
+class ExecResult:
+    """What a command did. Output is the first and last bytes; `…_bytes` count all that it wrote."""
+
+    exit_code: int
+    stdout: bytes
+    stderr: bytes
+    stdout_bytes: int
+    stderr_bytes: int
+    duration_s: float
+    oom_killed: bool = False
+
+    @property
+    def truncated(self) -> bool:
+        return self.stdout_bytes > len(self.stdout) or self.stderr_bytes > len(self.stderr)
+
+
+class Sandbox(Protocol):
+    """A running sandbox. Not for concurrent commands in one shell: calls are served in order.
+
+    Every method raises `SandboxError` if the sandbox cannot be reached or is gone.
+    """
+
+    @property
+    def id(self) -> str: ...
+
+    async def run_command(
+        self,
+        command: str,
+        *,
+        timeout_s: float,
+        workdir: str | None = None,
+        env: Mapping[str, str] | None = None,
+        user: str | None = None,
+        max_output_bytes: int | None = None,
+        stdin: bytes | None = None,
+    ) -> ExecResult:
+        """Runs `command` in this sandbox's persistent bash: `cd`, exports and functions stay.
+
+        `workdir` and `env` hold for this command alone; `user` has a shell of its own.
+        Raises `SandboxCommandTimeout` once the command and all its children are proven dead.
+        """
+        ...
+
+    async def read_file(self, path: str, *, max_bytes: int | None = None) -> bytes:
+        """Raises FileNotFoundError, IsADirectoryError, PermissionError, or `SandboxError` if larger than `max_bytes`."""
+        ...
+
+    async def write_file(self, path: str, content: bytes, *, mode: int = 0o644, user: str | None = None) -> None:
+        """Makes parent folders; replaces a file."""
+        ...
+
+    async def upload_dir(self, source: Path, target: str) -> None:
+        """The content of local `source` as `target`, modes kept, links that lead out of `source` refused."""
+        ...
+
+    async def download_dir(self, source: str, target: Path, *, max_bytes: int | None = None) -> None:
+        """The content of `source` as local `target`; nothing is ever written outside `target`."""
+        ...
+
+    async def cleanup(self) -> None:
+        """Removes the sandbox and everything that runs in it. May be called again; never raises."""
+        ...
+
+
+class SandboxFactory(Protocol):
+    """Makes sandboxes of one backend; the owner of their concurrency bound."""
+
+    async def create(self, image: str, config: SandboxConfig) -> Sandbox:
+        """`image` is a name that the engine has. Raises `SandboxError`."""
+        ...
+
+    async def build_image(self, folder: Path, *, timeout_s: float, dockerfile: str = "Dockerfile") -> str:
+        """The image's name, content-hashed, built once however many ask. Raises `ImageBuildError`."""
+        ...
