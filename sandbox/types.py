@@ -77,7 +77,7 @@ class Sandbox(Protocol):
         ...
 
     async def read_file(self, path: str, *, max_bytes: int | None = None) -> bytes:
-        """Raises FileNotFoundError, IsADirectoryError, PermissionError, or `SandboxError` if larger than `max_bytes`."""
+        """Raises FileNotFoundError, IsADirectoryError, PermissionError, or `SandboxError` if too large."""
         ...
 
     async def write_file(self, path: str, content: bytes, *, mode: int = 0o644, user: str | None = None) -> None:
