@@ -1,0 +1,3 @@
+#!/bin/bash
+set -e
+sort /app/visits.txt | uniq -c | sort -k1,1nr -k2,2 | awk '{print $2, $1}' > /app/report.txt

@@ -1,0 +1,3 @@
+from .plants import water as water
+
+VERSION = "1.2 (water)"
