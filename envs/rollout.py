@@ -6,7 +6,16 @@ import hashlib
 
 import anyio
 
-from envs.types import Env, EnvGroupBuilder, Episode, EpisodeGroup, EpisodeLog, SamplingParams, StopReason
+from envs.types import (
+    Closable,
+    Env,
+    EnvGroupBuilder,
+    Episode,
+    EpisodeGroup,
+    EpisodeLog,
+    SamplingParams,
+    StopReason,
+)
 from errors import InfrastructureError
 from models.types import Sampler
 
@@ -20,7 +29,17 @@ def derive_seed(*parts: object) -> int:
 async def run_episode(
     env: Env, sampler: Sampler, builder: EnvGroupBuilder, *, temperature: float, seed: int
 ) -> Episode:
-    """One attempt, turn by turn. The sampler is always sent the log as it stands, never a new rendering."""
+    """One attempt, turn by turn. The sampler is always sent the log as it stands, never a new rendering.
+    What the env holds is given back as soon as the attempt ends, however it ends."""
+    try:
+        return await _run_turns(env, sampler, builder, temperature=temperature, seed=seed)
+    finally:
+        if isinstance(env, Closable):
+            with anyio.CancelScope(shield=True):
+                await env.aclose()
+
+
+async def _run_turns(env: Env, sampler: Sampler, builder: EnvGroupBuilder, *, temperature: float, seed: int) -> Episode:
     log = EpisodeLog(await env.initial_observation())
     reward, metrics, logs = 0.0, {}, {}
     turn = 0
@@ -34,6 +53,7 @@ async def run_episode(
         sampled = await sampler.sample(log.token_ids, params)
         log.append_sampled(sampled)
         result = await env.step(sampled)
+        log.record_tool_calls(result.tool_calls)
         reward += result.reward
         _add(metrics, result.metrics)
         logs.update(result.logs)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -70,15 +70,18 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Observation:
-    """Tokens that the environment appends, and the messages that they render."""
+    """Tokens that the environment appends, and the messages that they render. `tools` are the function
+    schemas that a prompt shows."""
 
     token_ids: list[int]
     messages: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """An environment's answer to one sampled turn. `observation` is None when `done`."""
+    """An environment's answer to one sampled turn. `observation` is None when `done`. `tool_calls` are
+    the calls that the turn made, as parsed: a teacher with another format needs their names and ids."""
 
     done: bool
     observation: Observation | None = None
@@ -86,6 +89,7 @@ class StepResult:
     reward: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
     logs: dict[str, Any] = field(default_factory=dict)
+    tool_calls: tuple[dict[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         if self.done != (self.stop_reason is not None) or self.done == (self.observation is not None):
@@ -93,7 +97,8 @@ class StepResult:
 
 
 class Env(Protocol):
-    """Token-level environment of one episode, single use."""
+    """Token-level environment of one episode, single use. One that holds something, as a sandbox, takes
+    it in `initial_observation` and is `Closable`."""
 
     @property
     def stop(self) -> StopCondition: ...
@@ -107,6 +112,14 @@ class Env(Protocol):
     async def initial_observation(self) -> Observation: ...
 
     async def step(self, action: Sampled) -> StepResult: ...
+
+
+@runtime_checkable
+class Closable(Protocol):
+    """An env with something to give back. `run_episode` calls `aclose` as soon as the episode ends:
+    finished, failed or cancelled. It does not raise."""
+
+    async def aclose(self) -> None: ...
 
 
 class EnvGroupBuilder(Protocol):
@@ -135,11 +148,13 @@ class EnvGroupBuilder(Protocol):
 
 @dataclass(frozen=True)
 class Turn:
-    """One sampled turn: ids `[start, end)` of the log, then the messages the environment appended."""
+    """One sampled turn: ids `[start, end)` of the log, the tool calls read from them, then the messages the
+    environment appended."""
 
     start: int
     end: int
     observation: tuple[Message, ...] = ()
+    tool_calls: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,6 +179,7 @@ class Episode:
     weight_version: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     logs: dict[str, Any] = field(default_factory=dict)
+    tools: tuple[dict[str, Any], ...] = ()  # function schemas that the prompt shows
 
     def __post_init__(self) -> None:
         mask = np.zeros(len(self.token_ids), dtype=bool)
@@ -205,6 +221,7 @@ class EpisodeLog:
 
     def __init__(self, prompt: Observation) -> None:
         self._prompt_messages = prompt.messages
+        self._tools = prompt.tools
         self._ids: list[int] = list(prompt.token_ids)
         self._logprobs: list[float] = [math.nan] * len(self._ids)
         self._turns: list[Turn] = []
@@ -225,11 +242,15 @@ class EpisodeLog:
         self._turns.append(Turn(start, len(self._ids)))
         self._version = sampled.weight_version
 
+    def record_tool_calls(self, tool_calls: Sequence[dict[str, Any]]) -> None:
+        """The calls that were read from the last sampled turn. Adds no tokens."""
+        self._turns[-1] = replace(self._turns[-1], tool_calls=tuple(tool_calls))
+
     def append_observation(self, observation: Observation) -> None:
         self._ids.extend(observation.token_ids)
         self._logprobs.extend([math.nan] * len(observation.token_ids))
         last = self._turns[-1]
-        self._turns[-1] = Turn(last.start, last.end, last.observation + observation.messages)
+        self._turns[-1] = replace(last, observation=last.observation + observation.messages)
 
     def finish(
         self,
@@ -257,4 +278,5 @@ class EpisodeLog:
             weight_version=self._version,
             metrics=metrics,
             logs=logs,
+            tools=self._tools,
         )

@@ -34,7 +34,7 @@ class ViewMaker:
         if self.student.fingerprint == self.teacher.fingerprint and episode.teacher_messages is None:
             return TeacherView(episode.token_ids.astype(np.int64), own, own)
         messages = episode.teacher_messages or episode.prompt_messages
-        ids = list(self.teacher.prompt(messages))
+        ids = list(self.teacher.prompt(messages, episode.tools))
         positions: list[int] = []
         for turn in episode.turns:
             sampled = episode.token_ids[turn.start : turn.end]
@@ -42,7 +42,8 @@ class ViewMaker:
             ids.extend(self._mapped(sampled))
             if turn.observation:
                 ended = int(sampled[-1]) in self.student.stop.token_ids
-                ids.extend(self.teacher.continuation(turn.observation, ended=ended))
+                calls = turn.tool_calls
+                ids.extend(self.teacher.continuation(turn.observation, ended=ended, tool_calls=calls))
         return TeacherView(np.array(ids, dtype=np.int64), np.array(positions, dtype=np.int64), own, self.swap)
 
     def _mapped(self, sampled: np.ndarray) -> list[int]:
