@@ -18,7 +18,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from envs.dummy_conversations import CHECK_TOOL, assistant, check_cases, dummy_calls, user, with_json_arguments
+from envs.dummy_conversations import (
+    CHECK_TOOL,
+    assistant,
+    check_cases,
+    dummy_calls,
+    tool_call,
+    user,
+    with_json_arguments,
+)
 from envs.text_encoding import Literals, TextEncoder, control_tokens, tokenizer_fingerprint
 from envs.types import Message, StopCondition
 from errors import ConfigError, DataError, TemplateError
@@ -122,6 +130,16 @@ class Renderer(ABC):
     def check(self, *, tools: bool = False, multi_turn: bool = False) -> None:
         """Proves that this format can be appended to; raises TemplateError with the reason if not."""
 
+    @property
+    @abstractmethod
+    def header(self) -> str:
+        """The text between a user's message and what the assistant writes."""
+
+    @abstractmethod
+    def write_call(self, name: str, arguments: Mapping[str, Any], call_id: str) -> str:
+        """The text of an assistant turn, from the header on, that makes this one call. Raises TemplateError
+        if the format has no tools."""
+
     @abstractmethod
     def _find_end_of_turn(self) -> int: ...
 
@@ -198,6 +216,17 @@ class ChatTemplateRenderer(Renderer):
             self._check_tools_shown()
         for history, new in check_cases(tools=tools, multi_turn=multi_turn):
             self._check_case(history, new)
+
+    @cached_property
+    def header(self) -> str:
+        return self._render(self._conversation([user("question")])).rpartition("question")[2]
+
+    def write_call(self, name: str, arguments: Mapping[str, Any], call_id: str) -> str:
+        call = tool_call(name, dict(arguments), call_id)
+        asked = [*self._conversation([user("question")]), assistant("", [call])]
+        if self._refuses(asked):
+            asked = with_json_arguments(asked)
+        return self._render(asked, header=False).rpartition("question")[2]
 
     def _format(self) -> Any:
         return {"template": self.tokenizer.chat_template, "kwargs": self._kwargs}
@@ -377,6 +406,13 @@ class RoleColonRenderer(Renderer):
     def check(self, *, tools: bool = False, multi_turn: bool = False) -> None:
         if tools:
             raise self._no_tools()
+
+    @property
+    def header(self) -> str:
+        return "\n\nAssistant:"
+
+    def write_call(self, name: str, arguments: Mapping[str, Any], call_id: str) -> str:
+        raise self._no_tools()
 
     @cached_property
     def _bos(self) -> list[int]:
