@@ -1,0 +1,152 @@
+"""What an agent left running, and how it is held still while its work is graded.
+
+A process that was left behind could rewrite the reward at any moment. But a task may ask for a server,
+which must answer the tests. So all that the agent started is stopped, except processes that listen on a
+socket and their children; after the tests these are stopped, too, and only then is the reward read.
+
+The scripts below are bash without other programs, and take nothing from /proc but numbers: a process
+can name itself as it likes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from errors import SandboxError
+from sandbox.types import Sandbox
+
+ROOT = "0:0"
+"""A user name that no agent has, so that the shell is not one that an agent has used."""
+
+_SCAN = r"""
+set -f
+declare -A state parent began mine above
+scan() {
+  local folder pid line fields
+  pids=() state=() parent=() began=()
+  set +f; folders=(/proc/[0-9]*); set -f
+  for folder in "${folders[@]}"; do
+    pid=${folder#/proc/}
+    { read -r line < "$folder/stat"; } 2>/dev/null || continue
+    fields=(${line##*) })
+    [[ ${fields[1]} =~ ^[0-9]+$ && ${fields[19]} =~ ^[0-9]+$ ]] || fields=(? 0 - - - - - - - - - - - - - - - - - 0)
+    pids+=("$pid") state[$pid]=${fields[0]} parent[$pid]=${fields[1]} began[$pid]=${fields[19]}
+  done
+}
+below() {  # is process $1 one of those in the associative array $2, or below one of them?
+  local -n those=$2
+  local pid=$1
+  while [[ -n $pid && $pid != 0 ]]; do
+    [[ -n ${those[$pid]} ]] && return 0
+    pid=${parent[$pid]}
+  done
+  return 1
+}
+lineage() {  # this shell, whose children are spared, and what it was started by, whose children are not
+  local pid=$$
+  mine[$$]=1
+  while [[ -n $pid && $pid != 0 ]]; do above[$pid]=1; pid=${parent[$pid]}; done
+}
+"""
+
+_BEFORE = (
+    "("
+    + _SCAN
+    + r"""
+scan
+for pid in "${pids[@]}"; do
+  [[ $pid == $$ || $pid == $BASHPID ]] || printf '%s:%s ' "$pid" "${began[$pid]}"
+done
+)"""
+)
+
+_LISTENERS = r"""(
+declare -A listening
+for table in /proc/net/tcp /proc/net/tcp6; do
+  [[ -r $table ]] && while read -r _ _ _ state _ _ _ _ _ inode _; do
+    [[ $state == 0A ]] && listening[$inode]=1
+  done < "$table"
+done
+[[ -r /proc/net/unix ]] && while read -r _ _ _ flags _ _ inode _; do
+  [[ $flags == 00010000 ]] && listening[$inode]=1
+done < /proc/net/unix
+for folder in /proc/[0-9]*; do
+  pid=${folder#/proc/}
+  for link in "$folder"/fd/*; do
+    to=$(readlink "$link" 2>/dev/null)
+    [[ $to == 'socket:['*']' ]] || continue
+    inode=${to#socket:[}
+    [[ -n ${listening[${inode%]}]} ]] && printf '%s ' "$pid" && break
+  done
+done
+)"""
+
+_STOP = (
+    "("
+    + _SCAN
+    + r"""
+declare -A keep spare seen
+for key in $KEEP; do keep[$key]=1; done
+for pid in $SPARE; do spare[$pid]=1; done
+for round in {1..200}; do
+  scan
+  lineage
+  left=0
+  for pid in "${pids[@]}"; do
+    [[ ${state[$pid]} == [TZX] || -n ${keep[$pid:${began[$pid]}]} ]] && continue
+    [[ -n ${above[$pid]} ]] && continue
+    below "$pid" mine && continue
+    below "$pid" spare && continue
+    kill -STOP "$pid" 2>/dev/null && left=1 && seen[$pid]=1
+  done
+  [[ $left == 0 ]] && printf '%s ' "${!seen[@]}" && exit 0
+done
+exit 1
+)"""
+)
+
+
+@dataclass(frozen=True)
+class Before:
+    """The processes of a sandbox before its agent acted, and its users' numbers, as `uid:gid`."""
+
+    processes: str
+    numbers: Mapping[str | None, str]  # by the name that a task gives, None for the image's user
+
+
+async def look_before(sandbox: Sandbox, users: Sequence[str | None], *, timeout_s: float) -> Before:
+    """Must run before the agent's first command: it uses the shells of the task's users, still clean."""
+    found = await _checked(sandbox, _BEFORE, timeout_s, user=users[0])  # before the other shells are there
+    numbers = {
+        user: (await _checked(sandbox, 'echo "$(id -u):$(id -g)"', timeout_s, user=user)).strip()
+        for user in dict.fromkeys(users)
+    }
+    return Before(found.strip(), numbers)
+
+
+async def stop_leftovers(sandbox: Sandbox, before: Before, *, spare_services: bool, timeout_s: float) -> list[str]:
+    """Stops what the agent left running. Returns the process ids. Raises `SandboxError` if it cannot."""
+    listeners = ""
+    if spare_services:
+        users = dict.fromkeys([ROOT, *before.numbers.values()])  # without ptrace rights, root sees only root's sockets
+        listeners = " ".join([await _checked(sandbox, _LISTENERS, timeout_s, user=user) for user in users])
+    env = {"KEEP": before.processes, "SPARE": listeners}
+    return (await _checked(sandbox, _STOP, timeout_s, user=ROOT, env=env)).split()
+
+
+async def resume(sandbox: Sandbox, pids: list[str], *, timeout_s: float) -> None:
+    if pids:
+        await sandbox.run_command(f"kill -CONT {' '.join(pids)}", timeout_s=timeout_s, user=ROOT)
+
+
+async def _checked(
+    sandbox: Sandbox, script: str, timeout_s: float, *, user: str | None, env: Mapping[str, str] | None = None
+) -> str:
+    result = await sandbox.run_command(script, timeout_s=timeout_s, user=user, env=env)
+    if result.exit_code != 0:
+        said = result.stderr.decode("utf-8", errors="replace").strip()
+        raise SandboxError(
+            f"looking after the sandbox's processes failed with status {result.exit_code}: {said[-500:]}"
+        )
+    return result.stdout.decode("utf-8", errors="replace")

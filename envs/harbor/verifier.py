@@ -1,0 +1,177 @@
+"""Grading a step of a Harbor task: its own tests, in the agent's sandbox, after the agent has ended.
+
+The tests are uploaded only now, over nothing that the agent left; everything that it left running is
+stopped first (`envs/harbor/processes.py`), and the tests run in a shell that it has never used.
+
+A reward above 0 counts only if `test.sh` also ended with status 0. What keeps us from knowing a reward
+(no reward file, one that cannot be read, tests that do not end, a sandbox that dies) is a `VerifierError`:
+the episode is dropped, never scored 0.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from envs.harbor import processes
+from envs.harbor.processes import ROOT, Before
+from envs.harbor.task import Grading
+from errors import InfrastructureError, SandboxCommandTimeout, SandboxError
+from sandbox.types import ExecResult, Sandbox
+
+FOLDER = "/logs/verifier"
+HOUSEKEEPING_S = 60.0
+_MAX_REWARD_BYTES = 64 * 1024
+_LAST_OUTPUT = 2000
+
+
+class VerifierError(InfrastructureError):
+    """A reward could not be found out."""
+
+    reason = "verifier"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A step's reward: of its key `reward`, of its only key, or else the mean over its keys."""
+
+    reward: float
+    rewards: Mapping[str, float]
+    exit_code: int
+    overruled: bool  # the file said more than 0, but test.sh failed
+    stopped_processes: int  # that the agent had left running
+    duration_s: float
+    output: str  # the end of what the tests printed
+
+    def metrics(self) -> dict[str, float]:
+        return {
+            "verifier_s": self.duration_s,
+            "verifier_overruled": float(self.overruled),
+            "left_running": float(self.stopped_processes),
+        } | {f"reward/{key}": value for key, value in self.rewards.items() if key != "reward"}
+
+
+async def verify(
+    sandbox: Sandbox, grading: Grading, before: Before, *, env: Mapping[str, str], workdir: str | None, last: bool
+) -> Verdict:
+    """Grade what the agent did. `env` is the resolved environment of the tests; unless `last`, what the
+    agent left running goes on afterwards. Raises `VerifierError`."""
+    try:
+        stopped = await processes.stop_leftovers(sandbox, before, spare_services=True, timeout_s=HOUSEKEEPING_S)
+        await _upload(sandbox, grading, before)
+        result = await _run_tests(sandbox, grading, before, env=env, workdir=workdir)
+        also = await processes.stop_leftovers(sandbox, before, spare_services=False, timeout_s=HOUSEKEEPING_S)
+        rewards = await read_rewards(sandbox)
+        output = await _output(sandbox)
+        if not last:
+            await _checked(sandbox, "rm -rf /tests /logs/verifier", "clearing away the tests")
+            await processes.resume(sandbox, [*stopped, *also], timeout_s=HOUSEKEEPING_S)
+    except SandboxError as error:
+        raise VerifierError(f"the verifier's sandbox failed: {error}") from error
+    if rewards is None:
+        raise VerifierError(
+            f"test.sh ended with status {result.exit_code} and wrote neither reward.json nor reward.txt. "
+            f"Its output ended: {output[-_LAST_OUTPUT:].strip() or '(nothing)'}"
+        )
+    reward = rewards["reward"] if "reward" in rewards else sum(rewards.values()) / len(rewards)
+    overruled = reward > 0 and result.exit_code != 0
+    return Verdict(
+        reward=0.0 if overruled else reward,
+        rewards=rewards,
+        exit_code=result.exit_code,
+        overruled=overruled,
+        stopped_processes=len(stopped),
+        duration_s=result.duration_s,
+        output=output[-_LAST_OUTPUT:],
+    )
+
+
+async def _upload(sandbox: Sandbox, grading: Grading, before: Before) -> None:
+    # gone first, then made anew: a link or a file of the agent's would otherwise stay in the way
+    await _checked(
+        sandbox,
+        f"rm -rf /tests {FOLDER} && mkdir -p /tests {FOLDER} /logs/agent /logs/artifacts "
+        f"&& chown {before.numbers[grading.user]} {FOLDER}",
+        "clearing the way for the tests",
+    )
+    for folder in grading.tests:
+        await sandbox.upload_dir(folder, "/tests")
+    await _checked(sandbox, "chmod a+rx /tests /tests/test.sh", "uploading the tests")
+
+
+async def _run_tests(
+    sandbox: Sandbox, grading: Grading, before: Before, *, env: Mapping[str, str], workdir: str | None
+) -> ExecResult:
+    try:
+        return await sandbox.run_command(
+            f"/tests/test.sh > {FOLDER}/test-stdout.txt 2>&1 < /dev/null",
+            timeout_s=grading.timeout_s,
+            workdir=workdir,
+            env=env or None,
+            user=before.numbers[grading.user],
+        )
+    except SandboxCommandTimeout as error:
+        raise VerifierError(f"test.sh did not end within verifier.timeout_sec={grading.timeout_s:g} s") from error
+
+
+async def _checked(sandbox: Sandbox, command: str, doing: str) -> None:
+    result = await sandbox.run_command(command, timeout_s=HOUSEKEEPING_S, user=ROOT)
+    if result.exit_code != 0:
+        said = result.stderr.decode("utf-8", errors="replace").strip()
+        raise VerifierError(f"{doing} failed with status {result.exit_code}: {said[-_LAST_OUTPUT:]}")
+
+
+async def _output(sandbox: Sandbox) -> str:
+    """The end of the tests' output: for people, so that nothing hangs on it."""
+    result = await sandbox.run_command(
+        f"tail -c {4 * _LAST_OUTPUT} {FOLDER}/test-stdout.txt 2>/dev/null", timeout_s=HOUSEKEEPING_S, user=ROOT
+    )
+    return result.stdout.decode("utf-8", errors="replace")
+
+
+# --- the reward file
+
+
+async def read_rewards(sandbox: Sandbox) -> dict[str, float] | None:
+    """What reward.json says, or else reward.txt; None without either. Raises `VerifierError`."""
+    for name, parse in (("reward.json", parse_json), ("reward.txt", parse_text)):
+        try:
+            content = await sandbox.read_file(f"{FOLDER}/{name}", max_bytes=_MAX_REWARD_BYTES)
+        except FileNotFoundError:
+            continue
+        except (IsADirectoryError, PermissionError) as error:
+            raise VerifierError(f"{name} cannot be read: {error}") from error
+        return parse(content)
+    return None
+
+
+def parse_json(content: bytes) -> dict[str, float]:
+    """A flat object of finite numbers. Raises `VerifierError`."""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise VerifierError(f"reward.json is not JSON: {error}") from None
+    if not isinstance(value, dict) or not value:
+        raise VerifierError(f"reward.json: expected an object of numbers, got {str(value)[:100]}")
+    rewards = {}
+    for key, number in value.items():
+        if isinstance(number, bool):
+            number = float(number)
+        if not isinstance(number, int | float) or not math.isfinite(number):
+            raise VerifierError(f"reward.json: {key!r}: expected a finite number, got {str(number)[:100]}")
+        rewards[key] = float(number)
+    return rewards
+
+
+def parse_text(content: bytes) -> dict[str, float]:
+    """One finite number. Raises `VerifierError`."""
+    text = content.decode("utf-8", errors="replace").strip()
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise VerifierError(f"reward.txt: expected one finite number, got {text[:100]!r}")
+    return {"reward": number}
