@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
+from errors import SandboxCommandTimeout
+
 
 @dataclass(frozen=True)
 class SandboxConfig:
@@ -42,11 +44,40 @@ class ExecResult:
     stdout_bytes: int
     stderr_bytes: int
     duration_s: float
-    oom_killed: bool = False
+    oom_killed: bool = False  # the kernel ended one of its processes for want of memory
+    shell_lost: bool = False  # earlier commands' `cd`, exports and functions are gone: see `Sandbox.run_command`
 
     @property
     def truncated(self) -> bool:
         return self.stdout_bytes > len(self.stdout) or self.stderr_bytes > len(self.stderr)
+
+    @property
+    def stdout_text(self) -> str:
+        """For reading: where bytes were cut, their number stands."""
+        return with_cut(self.stdout, self.stdout_bytes)
+
+    @property
+    def stderr_text(self) -> str:
+        return with_cut(self.stderr, self.stderr_bytes)
+
+
+def with_cut(kept: bytes, total: int) -> str:
+    """Head and tail of an output of `total` bytes as text."""
+    if total <= len(kept):
+        return kept.decode("utf-8", "replace")
+    head = len(kept) - len(kept) // 2
+    first, last = (part.decode("utf-8", "replace") for part in (kept[:head], kept[head:]))
+    return f"{first}\n[… {total - len(kept)} bytes left out …]\n{last}"
+
+
+class TimedOut(SandboxCommandTimeout):
+    """A command ran out of time and is proven dead. `result` is what it had written until then."""
+
+    def __init__(self, timeout_s: float, result: ExecResult) -> None:
+        super().__init__(
+            f"the command was ended after {timeout_s:g} s, and all that it had started; the next one gets a new shell"
+        )
+        self.result = result
 
 
 class Sandbox(Protocol):

@@ -1,0 +1,169 @@
+"""One container engine: calls to it run in threads under a bound of their own, containers start under another.
+
+Speaks the Docker API through the docker SDK and honours DOCKER_HOST, so Podman's socket works, too.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ParamSpec, TypeVar
+
+import anyio
+import docker
+import docker.errors
+import docker.utils
+import requests
+from anyio import CapacityLimiter, to_thread
+
+from errors import SandboxError, SandboxUnavailableError
+from sandbox.shell_stream import ExecSocket
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+CALL_TIMEOUT_S = 120.0  # of one answer of the engine; 32 containers starting at once take seconds each
+CALLS_AT_ONCE = 16
+STARTS_PER_CORE = 2  # more than this only makes every start slower
+REMOVAL_TRIES = 5
+
+
+def connect(timeout_s: float = CALL_TIMEOUT_S) -> docker.APIClient:
+    """A client of the engine that DOCKER_HOST names, or of the local one. Raises `SandboxUnavailableError`."""
+    where = os.environ.get("DOCKER_HOST") or "the local socket"
+    if where.startswith("ssh://"):
+        raise SandboxUnavailableError(
+            f"DOCKER_HOST={where}: ssh is not supported, since commands run over plain sockets. Forward the engine's"
+            " socket (ssh -L ./docker.sock:/var/run/docker.sock host) and set DOCKER_HOST=unix://$PWD/docker.sock"
+        )
+    try:
+        client = docker.APIClient(**docker.utils.kwargs_from_env(), version="auto", timeout=int(timeout_s))
+        client.ping()
+    except (docker.errors.DockerException, requests.RequestException, OSError) as error:
+        raise SandboxUnavailableError(
+            f"no container engine answers at {where} ({error}). Start Docker (as root: .ci/docker-engine), or point"
+            " DOCKER_HOST at Docker's or Podman's socket (unix://…, tcp://…)"
+        ) from error
+    return client
+
+
+@contextmanager
+def as_sandbox_errors(what: str) -> Iterator[None]:
+    """Whatever the engine or the way to it says becomes a `SandboxError` that names what was being done."""
+    try:
+        yield
+    except (docker.errors.DockerException, requests.RequestException, OSError) as error:
+        text = error.explanation if isinstance(error, docker.errors.APIError) and error.explanation else str(error)
+        raise SandboxError(f"{what}: {text}") from error
+
+
+@dataclass(frozen=True)
+class Process:
+    """Whether a process that was started inside a container still runs, and its exit code if not."""
+
+    running: bool
+    exit_code: int | None
+    pid: int  # on the engine's machine
+
+
+class Lifeline:
+    """An attached stdin of a container: its keeper ends when this closes, with this process at the latest."""
+
+    def __init__(self, raw: Any) -> None:
+        self._raw = raw
+
+    def close(self) -> None:
+        close_raw(self._raw)
+
+
+def close_raw(raw: Any) -> None:
+    """Close a hijacked connection, its half-open side first: the engine then sees the end at once."""
+    sock = getattr(raw, "_sock", raw)
+    with suppress_os_errors():
+        sock.shutdown(socket.SHUT_RDWR)
+    with suppress_os_errors():
+        sock.close()
+    response = getattr(raw, "_response", None)
+    if response is not None:
+        with suppress_os_errors():
+            response.close()
+
+
+@contextmanager
+def suppress_os_errors() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, AttributeError):  # closed already, by the engine or by us
+        return
+
+
+class Engine:
+    """An engine and the two bounds on its use. Belongs to one event loop."""
+
+    def __init__(self, client: docker.APIClient) -> None:
+        self.client = client
+        self.cores = os.cpu_count() or 1
+        self.starts = CapacityLimiter(STARTS_PER_CORE * self.cores)
+        self._calls = CapacityLimiter(CALLS_AT_ONCE)
+
+    @classmethod
+    async def connect(cls) -> Engine:
+        """Raises `SandboxUnavailableError`."""
+        engine = cls(await to_thread.run_sync(connect))
+        engine.cores = int((await engine.call("asking the engine about itself", engine.client.info))["NCPU"])
+        return engine
+
+    async def in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Never abandoned: a cancelled caller still learns what the engine did."""
+        return await to_thread.run_sync(partial(function, *args, **kwargs), limiter=self._calls)
+
+    async def call(self, what: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Raises `SandboxError` that begins with `what`."""
+        with as_sandbox_errors(what):
+            return await self.in_thread(function, *args, **kwargs)
+
+    async def open_exec(
+        self, container: str, command: list[str], env: dict[str, str], user: str | None
+    ) -> tuple[ExecSocket, str]:
+        """Start a program in a container. Its connected standard streams, and the engine's id for it."""
+
+        def start() -> tuple[ExecSocket, str]:
+            made = self.client.exec_create(
+                container, command, stdin=True, stdout=True, stderr=True, environment=env, user=user or ""
+            )
+            raw = self.client.exec_start(made["Id"], socket=True)
+            return ExecSocket(raw, partial(close_raw, raw)), made["Id"]
+
+        return await self.call(f"starting {command[0]} in a sandbox", start)
+
+    async def process(self, exec_id: str) -> Process:
+        """Raises `SandboxError` if the engine does not know the process any longer."""
+        found = await self.call("asking after a shell", self.client.exec_inspect, exec_id)
+        return Process(bool(found["Running"]), found["ExitCode"], int(found.get("Pid") or 0))
+
+    async def is_running(self, container: str) -> bool:
+        try:
+            found = await self.in_thread(self.client.inspect_container, container)
+        except docker.errors.NotFound:
+            return False
+        except (docker.errors.DockerException, requests.RequestException, OSError) as error:
+            raise SandboxError(f"asking after a sandbox: {error}") from error
+        return bool(found["State"]["Running"])
+
+    async def remove(self, container: str) -> None:
+        """Kill and remove, whatever its state; gone is well. Raises `SandboxError` if it is still there in the end."""
+        problem = ""
+        for attempt in range(REMOVAL_TRIES):
+            try:
+                await self.in_thread(self.client.remove_container, container, force=True, v=True)
+                return
+            except docker.errors.NotFound:
+                return
+            except (docker.errors.DockerException, requests.RequestException, OSError) as error:
+                problem = str(error)  # "removal already in progress", or the engine is restarting
+            await anyio.sleep(0.2 * 2**attempt)
+        raise SandboxError(f"sandbox {container} could not be removed; python -m sandbox.reap will: {problem}")

@@ -1,0 +1,280 @@
+"""`DockerSandbox`: a container that one episode owns, and `DockerSandboxFactory`, which makes them.
+
+A container is removed by its owner; ends by itself when its owner dies (its first program reads a pipe that the
+owner holds open) or when its lease is over; and is found by its labels otherwise (`sandbox.reap`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import anyio
+from anyio import CancelScope, to_thread
+
+from errors import SandboxError
+from sandbox.container import Container, MissingImage, container_options, start_container
+from sandbox.docker_engine import Engine, Process
+from sandbox.images import Images
+from sandbox.processes import END_INSIDE, ContainerProcess, HostView, now_ticks
+from sandbox.shell import MARK, Ended, Report, Shell
+from sandbox.shell_stream import HeadTail
+from sandbox.types import ExecResult, SandboxConfig, TimedOut
+
+log = logging.getLogger(__name__)
+
+END_TIMEOUT_S = 10.0  # for proving a command dead; after this its sandbox is given up
+SYNTAX_ERROR = 2
+KILLED = 137
+DEFAULT_SHM_MB = 64
+
+
+class DockerSandbox:
+    """See `Sandbox`. Made by `DockerSandboxFactory.create`."""
+
+    def __init__(self, engine: Engine, container: Container, config: SandboxConfig) -> None:
+        self._engine = engine
+        self._container = container.id
+        self._name = container.name
+        self._lifeline = container.lifeline
+        self._config = config
+        self._host = HostView(container.id, container.init_pid)
+        self._local = self._host.usable()
+        self._oom_kills = self._host.oom_kills() if self._local else None
+        self._shells: dict[str | None, Shell] = {}
+        self._locks: dict[str | None, anyio.Lock] = {}
+        self._lost: set[str | None] = set()  # users whose shell has ended since their last command
+        self._gone: str | None = None  # why nothing works any longer
+        self._commands = 0
+
+    @property
+    def id(self) -> str:
+        return self._name
+
+    async def run_command(
+        self,
+        command: str,
+        *,
+        timeout_s: float,
+        workdir: str | None = None,
+        env: Mapping[str, str] | None = None,
+        user: str | None = None,
+        max_output_bytes: int | None = None,
+        stdin: bytes | None = None,
+    ) -> ExecResult:
+        limit = self._config.max_output_bytes if max_output_bytes is None else max_output_bytes
+        if "\0" in command or any("\0" in text for text in (workdir or "", *(env or {}).values())):
+            complaint = b"a command, its folder and its environment cannot hold NUL bytes\n"
+            return ExecResult(SYNTAX_ERROR, b"", complaint, 0, len(complaint), 0.0)
+        async with self._locks.setdefault(user, anyio.Lock()):
+            self._check_alive()
+            self._commands += 1
+            mark = f"{self._name}-{self._commands}"
+            options = {"workdir": workdir, "env": env, "stdin": stdin}
+            return await self._run(command, mark, user, timeout_s, limit, options)
+
+    async def _run(
+        self, command: str, mark: str, user: str | None, timeout_s: float, limit: int, options: dict[str, Any]
+    ) -> ExecResult:
+        while True:
+            shell = await self._shell(user)
+            stdout, stderr = HeadTail(limit), HeadTail(limit)
+            started, begun_ticks = time.monotonic(), now_ticks()
+            outcome = None
+            try:
+                with anyio.move_on_after(timeout_s):
+                    outcome = await shell.run(
+                        command, stdout=stdout, stderr=stderr, lives=partial(self._lives, shell), mark=mark, **options
+                    )
+            finally:
+                if outcome is None:  # out of time, cancelled or tampered with: nothing of the command may live on
+                    with CancelScope(shield=True):
+                        await self._end_command(user, shell, mark, begun_ticks)
+            duration_s = time.monotonic() - started
+            if isinstance(outcome, Ended):
+                exit_code = await self._account_for(user, shell)
+                if not outcome.begun:
+                    continue  # the shell had died since the last command: this one runs in a new shell
+            else:
+                exit_code = outcome.exit_code if outcome is not None else KILLED
+            result = ExecResult(
+                exit_code,
+                stdout.content(),
+                stderr.content(),
+                stdout.total,
+                stderr.total,
+                duration_s,
+                oom_killed=await self._was_oom_killed(exit_code, user),
+                shell_lost=user in self._lost,
+            )
+            if outcome is None:
+                raise TimedOut(timeout_s, result)
+            if isinstance(outcome, Report):
+                self._lost.discard(user)
+            return result
+
+    # --- shells
+
+    async def _shell(self, user: str | None) -> Shell:
+        """The user's shell, a new one if it has none."""
+        if (shell := self._shells.get(user)) is None:
+            mark = f"{self._name}-shell{secrets.token_hex(3)}"
+            try:
+                shell = await Shell.open(self._engine, self._container, user, mark)
+            except SandboxError as error:
+                if not await self._engine.is_running(self._container):
+                    await self._give_up("its container has ended")
+                raise SandboxError(f"sandbox {self._name}: {error}") from error
+            self._shells[user] = shell
+        return shell
+
+    async def _lives(self, shell: Shell) -> bool:
+        return self._host.lives(shell.pid) if self._local else await shell.answers()
+
+    async def _account_for(self, user: str | None, shell: Shell) -> int:
+        """The exit code of a shell that has ended. Raises `SandboxError` if the container ended with it."""
+        self._drop(user, shell)
+        with anyio.move_on_after(END_TIMEOUT_S):
+            while (process := await self._process(shell)).running:
+                await anyio.sleep(0.02)
+            # Killed from inside or with the whole container? A new shell is the proof; one is needed next anyway.
+            if process.exit_code is None or process.exit_code >= 128:
+                await self._shell(user)
+            elif not await self._engine.is_running(self._container):
+                await self._give_up("its container has ended")
+            return KILLED if process.exit_code is None else process.exit_code
+        await self._give_up("the engine does not say how a shell ended")
+        raise AssertionError("not reached")
+
+    async def _process(self, shell: Shell) -> Process:
+        try:
+            return await self._engine.process(shell.exec_id)
+        except SandboxError as error:
+            await self._give_up(f"its shell cannot be found ({error})")
+            raise
+
+    def _drop(self, user: str | None, shell: Shell) -> None:
+        # Closed at once: the unread stream of a dead process blocks every other exec of its container.
+        shell.close()
+        self._shells.pop(user, None)
+        self._lost.add(user)
+
+    # --- ends
+
+    async def _end_command(self, user: str | None, shell: Shell, mark: str, begun_ticks: int) -> None:
+        """Nothing of the command runs when this returns. Raises `SandboxError` if the sandbox had to go for that."""
+        self._drop(user, shell)
+
+        def doomed(process: ContainerProcess) -> bool:
+            if process.pid == shell.pid or process.mark == mark:
+                return True
+            # Without a mark, or forked by the shell itself: then its age tells whose it is.
+            marked = process.mark.startswith(f"{self._name}-") and process.mark != shell.mark
+            ours = any(process.pid == other.pid for other in self._shells.values())
+            return not marked and not ours and process.started_ticks >= begun_ticks - 1
+
+        try:
+            if self._local:
+                proven = await self._host.end(doomed, within_s=1.0) or await self._end_frozen(doomed)
+            else:
+                proven = await self._end_inside(user, mark, shell.mark)
+        except SandboxError as error:
+            await self._give_up(f"a command could not be ended ({error})")
+        else:
+            if not proven:
+                await self._give_up("a command could not be proven dead")
+
+    async def _end_frozen(self, doomed: Callable[[ContainerProcess], bool]) -> bool:
+        """For what forks faster than we kill: frozen, it cannot."""
+        client = self._engine.client
+        await self._engine.call("freezing a sandbox", client.pause, self._container)
+        try:
+            for process in self._host.processes():
+                if doomed(process):
+                    self._host.kill(process.pid)
+        finally:
+            await self._engine.call("thawing a sandbox", client.unpause, self._container)
+        return await self._host.end(doomed, within_s=END_TIMEOUT_S)
+
+    async def _end_inside(self, user: str | None, mark: str, shell_mark: str) -> bool:
+        command = ["bash", "-p", "-c", END_INSIDE, "end", mark, shell_mark, f"{self._name}-"]
+        socket, _ = await self._engine.open_exec(self._container, command, {MARK: f"{self._name}-end"}, user)
+        said = b""
+        try:
+            with anyio.move_on_after(END_TIMEOUT_S):
+                while frames := await socket.receive():
+                    said += b"".join(data for _, data in frames)
+        finally:
+            socket.close()
+        return said.strip() == b"left 0"
+
+    async def _was_oom_killed(self, exit_code: int, user: str | None) -> bool:
+        if not self._local:
+            return False
+        before, self._oom_kills = self._oom_kills, self._host.oom_kills()
+        return (self._oom_kills or 0) > (before or 0)
+
+    def _check_alive(self) -> None:
+        if self._gone is not None:
+            raise SandboxError(f"sandbox {self._name} is gone: {self._gone}")
+
+    async def _give_up(self, reason: str) -> None:
+        """Remove the sandbox, and say why from now on."""
+        self._gone = self._gone or reason
+        await self.cleanup()
+        self._check_alive()
+
+    async def cleanup(self) -> None:
+        self._gone = self._gone or "it was cleaned up"
+        with CancelScope(shield=True):
+            for shell in self._shells.values():
+                shell.close()
+            self._shells.clear()
+            self._lifeline.close()
+            try:
+                await self._engine.remove(self._container)
+            except SandboxError as error:
+                log.warning("%s", error)
+
+
+class DockerSandboxFactory:
+    """Makes `DockerSandbox`es on one engine, as many at a time as it starts well. Belongs to one event loop."""
+
+    def __init__(self, engine: Engine, run: str | None = None) -> None:
+        self._engine = engine
+        self._run = run or secrets.token_hex(4)
+        self._images = Images(engine)
+
+    @classmethod
+    async def connect(cls, run: str | None = None) -> DockerSandboxFactory:
+        """Raises `SandboxUnavailableError` if no engine answers. `run` names the owner in labels."""
+        return cls(await Engine.connect(), run)
+
+    async def create(self, image: str, config: SandboxConfig | None = None) -> DockerSandbox:
+        config = config or SandboxConfig()
+        try:
+            return await self._start(image, config)
+        except MissingImage:
+            await self._images.pull(image)
+            return await self._start(image, config)
+
+    async def _start(self, image: str, config: SandboxConfig) -> DockerSandbox:
+        engine = self._engine
+        name = f"protege-{self._run}-{secrets.token_hex(6)}"
+        options = container_options(engine.client, image, name, self._run, config, engine.cores)
+        abandoned = threading.Event()
+        try:
+            start = partial(start_container, engine.client, options, abandoned)
+            return DockerSandbox(engine, await to_thread.run_sync(start, limiter=engine.starts), config)
+        except BaseException as error:
+            abandoned.set()
+            if not isinstance(error, MissingImage):
+                with CancelScope(shield=True), contextlib.suppress(SandboxError):
+                    await engine.remove(name)
+            raise

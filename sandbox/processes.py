@@ -1,0 +1,159 @@
+"""The processes of one container: which command started each, ending them, and proof that they are gone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio
+
+from sandbox.shell import MARK
+
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+PASS_S = 0.005
+GONE = "ZX"  # zombie, dead: runs nothing any longer
+
+
+@dataclass(frozen=True)
+class ContainerProcess:
+    """A process of a container, as this machine's /proc shows it."""
+
+    pid: int
+    pid_inside: int
+    started_ticks: int  # since boot
+    mark: str  # the command that started it; empty if it has dropped that
+
+
+class HostView:
+    """One container's processes seen from this machine, if the engine runs here and we may look."""
+
+    def __init__(self, container: str, init_pid: int) -> None:
+        self._container = container.encode()
+        self._init_pid = init_pid
+
+    def usable(self) -> bool:
+        """Whether the container's first process is where the engine says, and can be looked into."""
+        try:
+            cgroup = Path(f"/proc/{self._init_pid}/cgroup").read_bytes()
+            Path(f"/proc/{self._init_pid}/environ").read_bytes()
+        except OSError:
+            return False
+        return self._container in cgroup and os.geteuid() == 0
+
+    def processes(self) -> list[ContainerProcess]:
+        """Those that run, but for the container's own first two: init, and the keeper that it started."""
+        found = [process for entry in os.listdir("/proc") if entry.isdigit() and (process := self._look(int(entry)))]
+        found.sort(key=lambda process: process.pid_inside)
+        return found[2:]
+
+    def _look(self, pid: int) -> ContainerProcess | None:
+        try:
+            if self._container not in Path(f"/proc/{pid}/cgroup").read_bytes():
+                return None
+            state, started = stat_fields(Path(f"/proc/{pid}/stat").read_text(errors="replace"))
+            if state in GONE:
+                return None
+            inside = re.search(rb"^NSpid:.*\s(\d+)$", Path(f"/proc/{pid}/status").read_bytes(), re.MULTILINE)
+            environ = Path(f"/proc/{pid}/environ").read_bytes()
+        except OSError:  # ended meanwhile
+            return None
+        return ContainerProcess(pid, int(inside[1]) if inside else 0, started, mark_in(environ))
+
+    def lives(self, pid: int) -> bool:
+        return pid > 0 and self._look(pid) is not None
+
+    def kill(self, pid: int) -> None:
+        """SIGKILL, unless the number has passed on to another process."""
+        with contextlib.suppress(OSError):
+            handle = os.pidfd_open(pid)
+            try:
+                if self._look(pid) is not None:
+                    signal.pidfd_send_signal(handle, signal.SIGKILL)
+            finally:
+                os.close(handle)
+
+    async def end(self, doomed: Callable[[ContainerProcess], bool], within_s: float) -> bool:
+        """Kill what is doomed, and what that starts meanwhile, until none is left. False: some would not die."""
+        until = time.monotonic() + within_s
+        while True:
+            left = [process for process in self.processes() if doomed(process)]
+            for process in left:
+                self.kill(process.pid)
+            if not left:
+                return True
+            if time.monotonic() > until:
+                return False
+            await anyio.sleep(PASS_S)
+
+    def oom_kills(self) -> int | None:
+        """How many processes of this container the kernel has killed for want of memory; None: cannot tell."""
+        try:
+            groups = Path(f"/proc/{self._init_pid}/cgroup").read_text()
+            for entry in groups.splitlines():
+                _, controllers, path = entry.split(":", 2)
+                if controllers == "memory":
+                    file = Path("/sys/fs/cgroup/memory" + path, "memory.oom_control")
+                elif not controllers:
+                    file = Path("/sys/fs/cgroup" + path, "memory.events")
+                else:
+                    continue
+                if file.exists() and (count := re.search(r"^oom_kill (\d+)$", file.read_text(), re.MULTILINE)):
+                    return int(count[1])
+        except OSError:
+            return None
+        return None
+
+
+def now_ticks() -> int:
+    """The time that a process which starts now will carry."""
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * TICKS_PER_S)
+
+
+def stat_fields(stat: str) -> tuple[str, int]:
+    """State and start time, in ticks since boot. The name before them may hold anything, brackets too."""
+    fields = stat[stat.rindex(")") + 2 :].split()
+    return fields[0], int(fields[19])
+
+
+def mark_in(environ: bytes) -> str:
+    prefix = f"{MARK}=".encode()
+    for entry in environ.split(b"\0"):
+        if entry.startswith(prefix):
+            return entry[len(prefix) :].decode(errors="replace")
+    return ""
+
+
+# Where the engine is on another machine, or does not let us look, the same is done from inside, as the command's
+# own user and with no more rights: bash comes from the image, which the command may have replaced. It ends what
+# carries the doomed mark, its shell's, or none of this sandbox's, and prints how many it could not end.
+END_INSIDE = r"""
+doomed=$1 shell=$2 known=$3
+for ((tries = 0; tries < 200; tries++)); do
+  left=0
+  for folder in /proc/[0-9]*; do
+    pid=${folder#/proc/}
+    [[ $pid == 1 || $pid == "$$" ]] && continue
+    { read -r stat < "$folder/stat"; } 2>/dev/null || continue
+    [[ ${stat##*) } == [ZX]* ]] && continue
+    mark=
+    {
+      while IFS= read -r -d '' entry; do
+        [[ $entry == PROTEGE_COMMAND=* ]] && mark=${entry#*=}
+      done < "$folder/environ"
+    } 2>/dev/null
+    [[ $mark == "$known"* && $mark != "$doomed" && $mark != "$shell" ]] && continue
+    [[ -e $folder ]] || continue
+    left=$((left + 1))
+    kill -9 "$pid" 2>/dev/null
+  done
+  ((left)) || break
+  read -r -t 0.02 _
+done
+echo "left $left"
+"""

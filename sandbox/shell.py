@@ -1,0 +1,186 @@
+"""One persistent bash in a container, spoken to over one socket: about a millisecond a command.
+
+Each command is one line on bash's own input: a `begun` token, the command in an `eval` whose input and
+output are its own, then a report. The token is fresh and random for every command and stands in the line in
+two halves, so nothing that the command prints, traces or echoes looks like it. Bash has parsed the line
+before the command runs, so aliases, options and an unset PATH do not reach our part of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import shlex
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+
+import anyio
+
+from errors import SandboxError
+from sandbox.docker_engine import Engine
+from sandbox.shell_stream import STDERR, ExecSocket, HeadTail, Sink, Splitter
+
+MARK = "PROTEGE_COMMAND"
+"""The environment variable that tells which command a process was started by."""
+
+BASH = ["bash", "--norc", "--noprofile"]
+SHELL_ENV = {"BASH_ENV": "", "ENV": ""}  # a file named there would be run first
+OPEN_TIMEOUT_S = 60.0
+REPORT_BYTES = 8192
+CHECK_S = 0.2  # between looks at whether the shell still lives, where its children hold its output open
+SETTLE_S = 0.1  # what a dead shell's children wrote before it died has come in after this
+FREE_BYTES = 32 * 2**20  # of one command's output, read at full speed; after that:
+FLOOD_BYTES_PER_S = 32 * 2**20  # one command that prints for ever must not take a core from the others
+
+
+@dataclass(frozen=True)
+class Report:
+    """The shell's own account of a command that has ended."""
+
+    exit_code: int
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The shell is gone. `begun`: the command had been started, and may have ended it."""
+
+    begun: bool
+
+
+class Shell:
+    """A bash in a container. Not for concurrent commands."""
+
+    def __init__(self, engine: Engine, socket: ExecSocket, exec_id: str, mark: str) -> None:
+        self.exec_id = exec_id
+        self.pid = 0  # on the engine's machine
+        self.mark = mark  # in the environment of the shell itself
+        self._engine = engine
+        self._socket = socket
+        self._pending: list[tuple[int, bytes]] = []  # came after the last report: from children left behind
+
+    @classmethod
+    async def open(cls, engine: Engine, container: str, user: str | None, mark: str) -> Shell:
+        """Raises `SandboxError`, also if bash does not answer."""
+        environment = {**SHELL_ENV, MARK: mark}
+        socket, exec_id = await engine.open_exec(container, BASH, environment, user)
+        try:
+            shell = cls(engine, socket, exec_id, mark)
+            noise = HeadTail(2000)  # a missing locale, for one, is complained about
+            with anyio.move_on_after(OPEN_TIMEOUT_S):
+                outcome = await shell.run(":", stdout=noise, stderr=noise, lives=shell.answers)
+                if isinstance(outcome, Report):
+                    while shell.pid == 0:  # the engine starts a program first and notes its number then
+                        shell.pid = (await engine.process(exec_id)).pid
+                    return shell
+            said = noise.content().decode(errors="replace").strip() or "it said nothing"
+            raise SandboxError(f"no bash answers in the sandbox ({said}): a sandbox needs an image that has bash")
+        except BaseException:
+            socket.close()
+            raise
+
+    async def answers(self) -> bool:
+        """The engine's word on whether this shell still runs."""
+        return (await self._engine.process(self.exec_id)).running
+
+    async def run(
+        self,
+        command: str,
+        *,
+        stdout: Sink,
+        stderr: Sink,
+        lives: Callable[[], Awaitable[bool]],
+        mark: str | None = None,
+        workdir: str | None = None,
+        env: Mapping[str, str] | None = None,
+        stdin: bytes | None = None,
+        payload: bytes = b"",
+    ) -> Report | Ended:
+        """Run one command to its end. `lives` is asked now and then whether the shell still does.
+
+        `payload` follows the command on the shell's own input, which is the command's only if `stdin` is None
+        and `mark` is None: so our own scripts receive files.
+        """
+        token = secrets.token_hex(16)
+        report = HeadTail(REPORT_BYTES)
+        out = Splitter(token.encode(), [stdout, stdout, report])
+        err = Splitter(token.encode(), [stderr])
+        text = line(command, token, mark, workdir, env, stdin, own_input=bool(payload))
+        with contextlib.suppress(OSError):  # gone: the end of the stream says so
+            await self._socket.send(text.encode("utf-8", "surrogatepass") + payload)
+        await self._read(out, err, lives)
+        self._pending = [(STDERR, err.rest)] * bool(err.rest) + [(1, out.rest)] * bool(out.rest)
+        if not (out.done and err.done):
+            out.flush()
+            err.flush()
+            return Ended(begun=out.passed > 0)
+        status = report.content().partition(b"\0")[0].strip()
+        if not status.isdigit():
+            raise SandboxError(f"a shell's report was tampered with: {status[:100]!r}")
+        return Report(int(status))
+
+    async def _read(self, out: Splitter, err: Splitter, lives: Callable[[], Awaitable[bool]]) -> None:
+        """Until both have seen their last token, or the shell is dead."""
+        received = 0
+        frames = self._pending
+        settled = False
+        while not (out.done and err.done):
+            for stream, data in frames:
+                (err if stream == STDERR else out).feed(data)
+                received += len(data)
+            if out.done and err.done:
+                return
+            frames = []
+            if received > FREE_BYTES:
+                await anyio.sleep(min(0.1, (received - FREE_BYTES) / FLOOD_BYTES_PER_S))
+                received = FREE_BYTES
+            with anyio.move_on_after(SETTLE_S if settled else CHECK_S):
+                if not (frames := await self._socket.receive()):
+                    return
+            if not frames:
+                if settled:
+                    return
+                settled = not await lives()
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def line(
+    command: str,
+    token: str,
+    mark: str | None,
+    workdir: str | None,
+    env: Mapping[str, str] | None,
+    stdin: bytes | None,
+    own_input: bool,
+) -> str:
+    """What is sent to bash for one command. See the module's first lines."""
+    halves = f"{token[:16]} {token[16:]}"
+    source = (
+        ""
+        if own_input
+        else "0</dev/null"
+        if stdin is None
+        else f"0< <(\\builtin printf %b {shlex.quote(escaped(stdin))})"
+    )
+    values = "".join(f"{name}={shlex.quote(value)} " for name, value in (env or {}).items())
+    run = f"{values}\\builtin eval {shlex.quote(command)}"
+    if workdir is not None:
+        # `cd` back by name: a subshell would lose what the command exports
+        run = f'__back="${{PWD-}}"; CDPATH= \\builtin cd -- {shlex.quote(workdir)} && {{ {run}; }}'
+    exported = f"\\builtin export {MARK}={mark}; " if mark is not None else ""
+    back = ""
+    if workdir is not None:
+        back = 'CDPATH= \\builtin cd -- "$__back"; \\builtin unset __back; '
+    return (
+        f"__status=1; \\builtin printf %s%s {halves}; {exported}"
+        f"{{ {{ {run}; }} {source} 1>&98 2>&99 98>&- 99>&-; }} 98>&1 99>&2; "
+        f"{{ __status=$?; \\builtin set +exuv; \\builtin trap - DEBUG ERR RETURN; {back}}} >&- 2>&-\n"
+        f'\\builtin printf "%s%s%s\\0%s%s" {halves} "$__status" {halves}; \\builtin printf %s%s {halves} >&2\n'
+    )
+
+
+def escaped(data: bytes) -> str:
+    """`data` as printf's %b reads it: any bytes, NUL too."""
+    safe = set(b'abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 ,.:;_-+=/()[]{}<>|&*?!@#$^~"\n\t')
+    return "".join(chr(byte) if byte in safe else f"\\0{byte:03o}" for byte in data)
