@@ -196,7 +196,7 @@ def _read_hermes(turn: RawTurn, text: str, match: re.Match[str]) -> int:
 # --- Llama 3: {"name": …, "parameters": {…}}, alone, behind a line of text or behind <|python_tag|>
 
 _PYTHON_TAG = "<|python_tag|>"
-_BEGINS_LIKE_A_CALL = re.compile(r'\{\s*"name"\s*:\s*"[^"]*"\s*(,\s*("(parameters|arguments)|"?$)|,?\s*$)')
+_BEGINS_LIKE_A_CALL = re.compile(r'\{\s*"name"\s*:\s*"[^"]*"\s*(,\s*("(parameters|arguments)"|"\w*$|$)|$)')
 
 
 def is_llama3_json(written: str) -> bool:
