@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from envs.rendering import Renderer
 from envs.types import Closable, Env, Message, Observation, Sampled, StepResult, StopCondition, StopReason
+from errors import DataError
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class TokenEnv:
 
     `parse` reads the text of a turn; it never changes a token. A turn that is cut ends the episode, and
     so does an answer that leaves the student no room below `max_trajectory_tokens`: that answer is not
-    appended.
+    appended. Raises `DataError` for a prompt that leaves no room at all.
     """
 
     def __init__(
@@ -123,6 +124,12 @@ class TokenEnv:
         tools = tuple(self.message_env.tools)
         ids = self._renderer.prompt(messages, tools)
         self._length = len(ids)
+        if self._length >= self.max_trajectory_tokens:
+            raise DataError(
+                f"max_trajectory_tokens={self.max_trajectory_tokens}: the prompt alone has {self._length} tokens"
+                f"{' with its tools' if tools else ''}. Raise the limit, or shorten the prompt: "
+                f"{str(messages[-1].get('content'))[:80]!r}"
+            )
         return Observation(ids, messages, tools)
 
     async def step(self, action: Sampled) -> StepResult:

@@ -274,6 +274,20 @@ def test_a_turn_that_ends_with_another_stop_token_continues_after_that_one() -> 
     assert renderer.continuation([user("one")], ended=False)[0] == renderer.end_of_turn_id
 
 
+def test_a_call_as_the_template_writes_it() -> None:
+    renderer = make_renderer(small.byte_level(small.THINKING))
+    assert renderer.header == "<|im_end|>\n<|im_start|>assistant\n"
+    written = renderer.write_call("look_up", {"value": "ü"}, "abcdefghi")
+    assert written.startswith(renderer.header)
+    assert '<tool_call>\n{"name": "look_up", "arguments": {"value": "ü"}}\n</tool_call>' in written
+    one = make_renderer(small.byte_level(small.ONE_CALL))  # it wants the arguments as text
+    assert one.write_call("look_up", {"value": "x"}, "abcdefghi").endswith('assistant\n{"value": "x"}<|im_end|>')
+    base = make_renderer(small.byte_level())
+    assert base.prompt([user("hi")]) == base.tokenizer(f"User: hi{base.header}")["input_ids"]
+    with pytest.raises(TemplateError, match="no format for tools"):
+        base.write_call("look_up", {}, "abcdefghi")
+
+
 # --- what ends a turn
 
 
