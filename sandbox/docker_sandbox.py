@@ -12,27 +12,39 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import anyio
 from anyio import CancelScope, to_thread
 
 from errors import SandboxError
+from sandbox import files
 from sandbox.container import Container, MissingImage, container_options, start_container
 from sandbox.docker_engine import Engine, Process
 from sandbox.images import Images
 from sandbox.processes import END_INSIDE, ContainerProcess, HostView, now_ticks
 from sandbox.shell import MARK, Ended, Report, Shell
-from sandbox.shell_stream import HeadTail
+from sandbox.shell_stream import HeadTail, Sink
 from sandbox.types import ExecResult, SandboxConfig, TimedOut
 
 log = logging.getLogger(__name__)
 
+FILE_TIMEOUT_S = 600.0
 END_TIMEOUT_S = 10.0  # for proving a command dead; after this its sandbox is given up
 SYNTAX_ERROR = 2
 KILLED = 137
 DEFAULT_SHM_MB = 64
+
+
+@dataclass(frozen=True)
+class ShellKey:
+    """Which of a sandbox's shells: one per user for commands, and one for our own scripts."""
+
+    user: str | None
+    ours: bool = False
 
 
 class DockerSandbox:
@@ -47,9 +59,9 @@ class DockerSandbox:
         self._host = HostView(container.id, container.init_pid)
         self._local = self._host.usable()
         self._oom_kills = self._host.oom_kills() if self._local else None
-        self._shells: dict[str | None, Shell] = {}
-        self._locks: dict[str | None, anyio.Lock] = {}
-        self._lost: set[str | None] = set()  # users whose shell has ended since their last command
+        self._shells: dict[ShellKey, Shell] = {}
+        self._locks: dict[ShellKey, anyio.Lock] = {}
+        self._lost: set[ShellKey] = set()  # shells that have ended since their last command
         self._gone: str | None = None  # why nothing works any longer
         self._commands = 0
 
@@ -72,18 +84,19 @@ class DockerSandbox:
         if "\0" in command or any("\0" in text for text in (workdir or "", *(env or {}).values())):
             complaint = b"a command, its folder and its environment cannot hold NUL bytes\n"
             return ExecResult(SYNTAX_ERROR, b"", complaint, 0, len(complaint), 0.0)
-        async with self._locks.setdefault(user, anyio.Lock()):
+        key = ShellKey(user)
+        async with self._locks.setdefault(key, anyio.Lock()):
             self._check_alive()
             self._commands += 1
             mark = f"{self._name}-{self._commands}"
             options = {"workdir": workdir, "env": env, "stdin": stdin}
-            return await self._run(command, mark, user, timeout_s, limit, options)
+            return await self._run(command, mark, key, timeout_s, limit, options)
 
     async def _run(
-        self, command: str, mark: str, user: str | None, timeout_s: float, limit: int, options: dict[str, Any]
+        self, command: str, mark: str, key: ShellKey, timeout_s: float, limit: int, options: dict[str, Any]
     ) -> ExecResult:
         while True:
-            shell = await self._shell(user)
+            shell = await self._shell(key)
             stdout, stderr = HeadTail(limit), HeadTail(limit)
             started, begun_ticks = time.monotonic(), now_ticks()
             outcome = None
@@ -95,10 +108,10 @@ class DockerSandbox:
             finally:
                 if outcome is None:  # out of time, cancelled or tampered with: nothing of the command may live on
                     with CancelScope(shield=True):
-                        await self._end_command(user, shell, mark, begun_ticks)
+                        await self._end_command(key, shell, mark, begun_ticks)
             duration_s = time.monotonic() - started
             if isinstance(outcome, Ended):
-                exit_code = await self._account_for(user, shell)
+                exit_code = await self._account_for(key, shell)
                 if not outcome.begun:
                     continue  # the shell had died since the last command: this one runs in a new shell
             else:
@@ -110,42 +123,80 @@ class DockerSandbox:
                 stdout.total,
                 stderr.total,
                 duration_s,
-                oom_killed=await self._was_oom_killed(exit_code, user),
-                shell_lost=user in self._lost,
+                oom_killed=self._was_oom_killed(),
+                shell_lost=key in self._lost,
             )
             if outcome is None:
                 raise TimedOut(timeout_s, result)
             if isinstance(outcome, Report):
-                self._lost.discard(user)
+                self._lost.discard(key)
             return result
+
+    # --- files
+
+    async def read_file(self, path: str, *, max_bytes: int | None = None) -> bytes:
+        return await files.read_file(self._run_script, path, max_bytes)
+
+    async def write_file(self, path: str, content: bytes, *, mode: int = 0o644, user: str | None = None) -> None:
+        await files.write_file(self._run_script, path, content, mode, user)
+
+    async def upload_dir(self, source: Path, target: str) -> None:
+        await files.upload_dir(self._run_script, source, target)
+
+    async def download_dir(self, source: str, target: Path, *, max_bytes: int | None = None) -> tuple[str, ...]:
+        return await files.download_dir(self._run_script, source, target, max_bytes)
+
+    async def _run_script(
+        self, script: str, *, stdout: Sink, stderr: Sink, payload: IO[bytes] | None = None, user: str | None = None
+    ) -> int:
+        """One script of ours, in a shell that no command of the model ever reaches."""
+        key = ShellKey(user, ours=True)
+        async with self._locks.setdefault(key, anyio.Lock()):
+            self._check_alive()
+            shell = await self._shell(key)
+            outcome = None
+            begun_ticks = now_ticks()
+            try:
+                with anyio.move_on_after(FILE_TIMEOUT_S):
+                    lives = partial(self._lives, shell)
+                    outcome = await shell.run_script(script, stdout=stdout, stderr=stderr, lives=lives, payload=payload)
+            finally:
+                if outcome is None:
+                    with CancelScope(shield=True):
+                        await self._end_command(key, shell, shell.mark, begun_ticks)
+            if isinstance(outcome, Report):
+                return outcome.exit_code
+            if isinstance(outcome, Ended):
+                await self._account_for(key, shell)
+            raise SandboxError(f"moving files of sandbox {self._name} took too long, or was interrupted from inside")
 
     # --- shells
 
-    async def _shell(self, user: str | None) -> Shell:
+    async def _shell(self, key: ShellKey) -> Shell:
         """The user's shell, a new one if it has none."""
-        if (shell := self._shells.get(user)) is None:
+        if (shell := self._shells.get(key)) is None:
             mark = f"{self._name}-shell{secrets.token_hex(3)}"
             try:
-                shell = await Shell.open(self._engine, self._container, user, mark)
+                shell = await Shell.open(self._engine, self._container, key.user, mark)
             except SandboxError as error:
                 if not await self._engine.is_running(self._container):
                     await self._give_up("its container has ended")
                 raise SandboxError(f"sandbox {self._name}: {error}") from error
-            self._shells[user] = shell
+            self._shells[key] = shell
         return shell
 
     async def _lives(self, shell: Shell) -> bool:
         return self._host.lives(shell.pid) if self._local else await shell.answers()
 
-    async def _account_for(self, user: str | None, shell: Shell) -> int:
+    async def _account_for(self, key: ShellKey, shell: Shell) -> int:
         """The exit code of a shell that has ended. Raises `SandboxError` if the container ended with it."""
-        self._drop(user, shell)
+        self._drop(key, shell)
         with anyio.move_on_after(END_TIMEOUT_S):
             while (process := await self._process(shell)).running:
                 await anyio.sleep(0.02)
             # Killed from inside or with the whole container? A new shell is the proof; one is needed next anyway.
             if process.exit_code is None or process.exit_code >= 128:
-                await self._shell(user)
+                await self._shell(key)
             elif not await self._engine.is_running(self._container):
                 await self._give_up("its container has ended")
             return KILLED if process.exit_code is None else process.exit_code
@@ -159,17 +210,17 @@ class DockerSandbox:
             await self._give_up(f"its shell cannot be found ({error})")
             raise
 
-    def _drop(self, user: str | None, shell: Shell) -> None:
+    def _drop(self, key: ShellKey, shell: Shell) -> None:
         # Closed at once: the unread stream of a dead process blocks every other exec of its container.
         shell.close()
-        self._shells.pop(user, None)
-        self._lost.add(user)
+        self._shells.pop(key, None)
+        self._lost.add(key)
 
     # --- ends
 
-    async def _end_command(self, user: str | None, shell: Shell, mark: str, begun_ticks: int) -> None:
+    async def _end_command(self, key: ShellKey, shell: Shell, mark: str, begun_ticks: int) -> None:
         """Nothing of the command runs when this returns. Raises `SandboxError` if the sandbox had to go for that."""
-        self._drop(user, shell)
+        self._drop(key, shell)
 
         def doomed(process: ContainerProcess) -> bool:
             if process.pid == shell.pid or process.mark == mark:
@@ -183,7 +234,7 @@ class DockerSandbox:
             if self._local:
                 proven = await self._host.end(doomed, within_s=1.0) or await self._end_frozen(doomed)
             else:
-                proven = await self._end_inside(user, mark, shell.mark)
+                proven = await self._end_inside(key.user, mark, shell.mark)
         except SandboxError as error:
             await self._give_up(f"a command could not be ended ({error})")
         else:
@@ -214,7 +265,7 @@ class DockerSandbox:
             socket.close()
         return said.strip() == b"left 0"
 
-    async def _was_oom_killed(self, exit_code: int, user: str | None) -> bool:
+    def _was_oom_killed(self) -> bool:
         if not self._local:
             return False
         before, self._oom_kills = self._oom_kills, self._host.oom_kills()

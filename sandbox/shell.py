@@ -9,16 +9,18 @@ before the command runs, so aliases, options and an unset PATH do not reach our 
 from __future__ import annotations
 
 import contextlib
+import math
 import secrets
 import shlex
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from typing import IO
 
 import anyio
 
 from errors import SandboxError
 from sandbox.docker_engine import Engine
-from sandbox.shell_stream import STDERR, ExecSocket, HeadTail, Sink, Splitter
+from sandbox.shell_stream import READ_BYTES, STDERR, ExecSocket, HeadTail, Sink, Splitter
 
 MARK = "PROTEGE_COMMAND"
 """The environment variable that tells which command a process was started by."""
@@ -93,21 +95,46 @@ class Shell:
         workdir: str | None = None,
         env: Mapping[str, str] | None = None,
         stdin: bytes | None = None,
-        payload: bytes = b"",
     ) -> Report | Ended:
         """Run one command to its end. `lives` is asked now and then whether the shell still does.
 
-        `payload` follows the command on the shell's own input, which is the command's only if `stdin` is None
-        and `mark` is None: so our own scripts receive files.
+        `env` and `workdir` hold for this command alone; `mark` is in the environment of all that it starts.
         """
         token = secrets.token_hex(16)
+        text = line(command, token, mark, workdir, env, stdin)
+        return await self._exchange(text, token, None, stdout, stderr, lives, FREE_BYTES)
+
+    async def run_script(
+        self,
+        script: str,
+        *,
+        stdout: Sink,
+        stderr: Sink,
+        lives: Callable[[], Awaitable[bool]],
+        payload: IO[bytes] | None = None,
+    ) -> Report | Ended:
+        """Run a script of ours, which reads all of `payload` from the shell's own input, and no more."""
+        token = secrets.token_hex(16)
+        return await self._exchange(script_line(script, token), token, payload, stdout, stderr, lives, math.inf)
+
+    async def _exchange(
+        self,
+        text: str,
+        token: str,
+        payload: IO[bytes] | None,
+        stdout: Sink,
+        stderr: Sink,
+        lives: Callable[[], Awaitable[bool]],
+        free_bytes: float,
+    ) -> Report | Ended:
         report = HeadTail(REPORT_BYTES)
         out = Splitter(token.encode(), [stdout, stdout, report])
         err = Splitter(token.encode(), [stderr])
-        text = line(command, token, mark, workdir, env, stdin, own_input=bool(payload))
         with contextlib.suppress(OSError):  # gone: the end of the stream says so
-            await self._socket.send(text.encode("utf-8", "surrogatepass") + payload)
-        await self._read(out, err, lives)
+            await self._socket.send(text.encode("utf-8", "surrogatepass"))
+            while payload is not None and (data := payload.read(READ_BYTES)):
+                await self._socket.send(data)
+        await self._read(out, err, lives, free_bytes)
         self._pending = [(STDERR, err.rest)] * bool(err.rest) + [(1, out.rest)] * bool(out.rest)
         if not (out.done and err.done):
             out.flush()
@@ -118,9 +145,11 @@ class Shell:
             raise SandboxError(f"a shell's report was tampered with: {status[:100]!r}")
         return Report(int(status))
 
-    async def _read(self, out: Splitter, err: Splitter, lives: Callable[[], Awaitable[bool]]) -> None:
+    async def _read(
+        self, out: Splitter, err: Splitter, lives: Callable[[], Awaitable[bool]], free_bytes: float
+    ) -> None:
         """Until both have seen their last token, or the shell is dead."""
-        received = 0
+        received = 0.0
         frames = self._pending
         settled = False
         while not (out.done and err.done):
@@ -130,9 +159,9 @@ class Shell:
             if out.done and err.done:
                 return
             frames = []
-            if received > FREE_BYTES:
-                await anyio.sleep(min(0.1, (received - FREE_BYTES) / FLOOD_BYTES_PER_S))
-                received = FREE_BYTES
+            if received > free_bytes:
+                await anyio.sleep((received - free_bytes) / FLOOD_BYTES_PER_S)
+                received = free_bytes
             with anyio.move_on_after(SETTLE_S if settled else CHECK_S):
                 if not (frames := await self._socket.receive()):
                     return
@@ -152,17 +181,10 @@ def line(
     workdir: str | None,
     env: Mapping[str, str] | None,
     stdin: bytes | None,
-    own_input: bool,
 ) -> str:
     """What is sent to bash for one command. See the module's first lines."""
     halves = f"{token[:16]} {token[16:]}"
-    source = (
-        ""
-        if own_input
-        else "0</dev/null"
-        if stdin is None
-        else f"0< <(\\builtin printf %b {shlex.quote(escaped(stdin))})"
-    )
+    source = "0</dev/null" if stdin is None else f"0< <(\\builtin printf %b {shlex.quote(escaped(stdin))})"
     values = "".join(f"{name}={shlex.quote(value)} " for name, value in (env or {}).items())
     run = f"{values}\\builtin eval {shlex.quote(command)}"
     if workdir is not None:
@@ -177,6 +199,15 @@ def line(
         f"{{ {{ {run}; }} {source} 1>&98 2>&99 98>&- 99>&-; }} 98>&1 99>&2; "
         f"{{ __status=$?; \\builtin set +exuv; \\builtin trap - DEBUG ERR RETURN; {back}}} >&- 2>&-\n"
         f'\\builtin printf "%s%s%s\\0%s%s" {halves} "$__status" {halves}; \\builtin printf %s%s {halves} >&2\n'
+    )
+
+
+def script_line(script: str, token: str) -> str:
+    """The same for a script of ours: one line, since what follows it is the script's input."""
+    halves = f"{token[:16]} {token[16:]}"
+    return (
+        f"printf %s%s {halves}; eval {shlex.quote(script)}; "
+        f'printf "%s%s%s\\0%s%s" {halves} "$?" {halves}; printf %s%s {halves} >&2\n'
     )
 
 
