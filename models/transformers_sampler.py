@@ -1,6 +1,6 @@
 """The student's engine on transformers, in-process: concurrent requests share one decoding batch.
 
-`async with TransformersSampler(lm) as sampler` runs one driver task; the model itself runs in a worker
+`async with TransformersSampler(lm) as sampler` runs one driver task; the model itself runs on the device
 thread, a few tokens at a time, so that tools, scoring and cancellation are never blocked for long. Every
 request draws from its own seeded stream of uniforms, so its sample does not depend on its neighbours.
 """
@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 import anyio
 import anyio.abc
 import anyio.lowlevel
-import anyio.to_thread
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -23,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from envs.types import Sampled, SamplingParams
 from errors import SamplerError
 from models.causal_lm import CausalLM
+from models.device_thread import compute
 from models.generation import make_stepper
 
 STEPS_PER_HOP = 8  # tokens between two looks at new requests and cancellations
@@ -43,8 +43,7 @@ class _Request:
 
 
 class TransformersSampler:
-    """`Sampler` on a `CausalLM`. `slots` is the largest decoding batch; `limiter` is shared by everything
-    that computes on one device, so that engines take turns instead of fighting for it."""
+    """`Sampler` on a `CausalLM`. `slots` is the largest decoding batch."""
 
     def __init__(
         self,
@@ -52,11 +51,9 @@ class TransformersSampler:
         tokenizer: PreTrainedTokenizerBase,
         *,
         slots: int = 64,
-        limiter: anyio.CapacityLimiter | None = None,
     ) -> None:
         self._lm = lm
         self._tokenizer = tokenizer
-        self._limiter = limiter
         self._stepper = make_stepper(lm, slots)
         self._waiting: deque[_Request] = deque()
         self._running: list[_Request] = []  # in the stepper's row order
@@ -123,7 +120,7 @@ class TransformersSampler:
                 await anyio.lowlevel.checkpoint()
             while self._waiting or self._running:
                 # Not abandoned on cancel: it ends within a few tokens, and nothing outlives the engine.
-                finished = await anyio.to_thread.run_sync(self._advance, limiter=self._limiter)
+                finished = await compute(self._advance)
                 for request in finished:
                     request.done.set()
                 await anyio.lowlevel.checkpoint()

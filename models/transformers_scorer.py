@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import anyio
-import anyio.to_thread
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from errors import TeacherError
 from models.causal_lm import CausalLM
+from models.device_thread import compute
 from models.types import Signal, SignalKind, TeacherView
 
 HEAD_ELEMENTS = 1 << 23  # logits held at a time: 32 MiB in float32
@@ -27,18 +26,16 @@ class TransformersScorer:
         *,
         temperature: float = 1.0,
         token_budget: int = 4096,
-        limiter: anyio.CapacityLimiter | None = None,
     ) -> None:
         self.name = name
         self.temperature = temperature
         self._lm = lm
         self._budget = token_budget
-        self._limiter = limiter
 
     async def score(self, views: Sequence[TeacherView], need: SignalKind) -> list[Signal]:
         """One signal per view, in order. Raises `TeacherError`."""
         try:
-            return await anyio.to_thread.run_sync(self._score, views, need, limiter=self._limiter)
+            return await compute(self._score, views, need)
         except (RuntimeError, IndexError, ValueError) as error:
             raise TeacherError(f"teacher {self.name} could not score: {error}") from error
 

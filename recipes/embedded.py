@@ -25,6 +25,7 @@ from envs.arithmetic import ALPHABET, rows
 from envs.datasets import Row
 from errors import ConfigError
 from models.cpu_matmul import use_fast_exact_matmul
+from models.device_thread import compute_blocking
 
 PREFIX = "embedded:"
 _SPECIAL = ["<|pad|>", "<|unk|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>"]
@@ -71,7 +72,7 @@ def resolve(name: str, message: Callable[[str], None] = print) -> str:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root, prefix=".tmp-", ignore_cleanup_errors=True) as temporary:
             made = Path(temporary, key)
-            _make(recipe, made)
+            compute_blocking(_make, recipe, made)
             try:
                 made.rename(folder)
             except OSError:

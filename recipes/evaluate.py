@@ -19,6 +19,7 @@ import chz
 from envs.datasets import Dataset
 from envs.sources import load_eval_rows
 from errors import ConfigError, DataError
+from models.device_thread import compute
 from recipes import setup
 from recipes.cli import run_cli
 from recipes.config import TrainConfig
@@ -99,8 +100,8 @@ def main(config: Config) -> None:
 async def _evaluate(
     config: Config, data: Dataset, models: setup.CheckedModels, training: TrainConfig
 ) -> dict[str, float]:
-    student = setup.load_lm(training, models, models.student, models.compute_dtype)
-    teacher = student if config.teacher_model is None else setup.load_teacher(training, models)
+    student = await compute(setup.load_lm, training, models, models.student, models.compute_dtype)
+    teacher = student if config.teacher_model is None else await compute(setup.load_teacher, training, models)
     parts = setup.assemble(training, models, student, teacher)
     rows = setup.eval_set(data, models.student_renderer, training.teacher_model, config.max_tokens)
     judge = None

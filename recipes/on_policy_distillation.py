@@ -25,6 +25,7 @@ from envs.datasets import Cursor, Dataset
 from envs.sources import load_dataset_rows, locate
 from errors import ConfigError, DataError
 from models.checks import probe_scorer, probe_view
+from models.device_thread import compute_blocking
 from models.transformers_sampler import TransformersSampler
 from recipes import setup
 from recipes.cli import run_cli
@@ -133,7 +134,7 @@ def main(config: Config) -> None:
     )
     with run_dir:
         try:
-            parts = setup.build_engines(config, checked.models, _resume_folder(run_dir))
+            parts = compute_blocking(setup.build_engines, config, checked.models, _resume_folder(run_dir))
             anyio.run(_run, config, checked, parts, run_dir)
         except BaseException:
             run_dir.discard_if_empty()  # an empty folder would only refuse the corrected command
@@ -270,9 +271,7 @@ async def _run(config: Config, checked: Checked, parts: setup.Engines, run_dir: 
 async def _evaluate_teacher(config: Config, checked: Checked, parts: setup.Engines, loop: Loop) -> None:
     """The teacher's own accuracy: what is within the student's reach."""
     renderer = checked.models.teacher_renderer
-    sampler = TransformersSampler(
-        parts.teacher_lm, renderer.tokenizer, slots=config.sampler_slots, limiter=parts.limiter
-    )
+    sampler = TransformersSampler(parts.teacher_lm, renderer.tokenizer, slots=config.sampler_slots)
     rows = setup.eval_set(checked.data, renderer, config.teacher_model, config.max_tokens)
     async with sampler:
         found = await evaluate(rows, sampler, renderer, temperature=config.temperature, samples=0, seed=config.seed)

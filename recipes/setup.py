@@ -8,10 +8,9 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import anyio
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -198,13 +197,12 @@ def _gib(size: float) -> str:
 
 @dataclass
 class Engines:
-    """Loaded models and what runs on them. One limiter: engines on a device take turns."""
+    """Loaded models and what runs on them."""
 
     learner: Learner
     sampler: TransformersSampler
     teacher: Teacher
     teacher_lm: CausalLM
-    limiter: anyio.CapacityLimiter = field(repr=False)
 
 
 def build_engines(config: TrainConfig, models: CheckedModels, resume_from: Path | None) -> Engines:
@@ -216,13 +214,11 @@ def build_engines(config: TrainConfig, models: CheckedModels, resume_from: Path 
 
 def assemble(config: TrainConfig, models: CheckedModels, student: CausalLM, teacher: CausalLM) -> Engines:
     temperature = config.comparison_temperature()
-    limiter = anyio.CapacityLimiter(1)
     scorer = TransformersScorer(
         config.teacher_model,
         teacher,
         temperature=temperature,
         token_budget=config.token_budget(models.device),
-        limiter=limiter,
     )
     learner = Learner(
         student,
@@ -232,8 +228,8 @@ def assemble(config: TrainConfig, models: CheckedModels, student: CausalLM, teac
         reduction=config.loss_reduction,
     )
     tokenizer = models.student_renderer.tokenizer
-    sampler = TransformersSampler(student, tokenizer, slots=config.sampler_slots, limiter=limiter)
-    return Engines(learner, sampler, Teacher(scorer, models.views), teacher, limiter)
+    sampler = TransformersSampler(student, tokenizer, slots=config.sampler_slots)
+    return Engines(learner, sampler, Teacher(scorer, models.views), teacher)
 
 
 def load_lm(config: TrainConfig, models: CheckedModels, source: ModelSource, dtype: torch.dtype) -> CausalLM:

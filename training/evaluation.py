@@ -14,6 +14,7 @@ from envs.grading import accuracy_with_error, grade
 from envs.rendering import Renderer
 from envs.types import EnvGroupBuilder, Episode
 from errors import NoSignalError
+from models.device_thread import compute
 from models.types import Sampler, SignalKind
 from training.collect import Collected, Teacher, collect
 from training.learner import ItemMetrics, Learner
@@ -80,7 +81,7 @@ async def evaluate(
         if judge is not None:
             objective: Objective = JSD(beta=1.0) if exact else ReverseKL()
             await sampler.sleep()
-            measured = await anyio.to_thread.run_sync(judge.learner.measure, sampled.flat, objective)
+            measured = await compute(judge.learner.measure, sampled.flat, objective)
             rows = [item.episode.row_id for item in sampled.flat]
             metrics |= _token_mean(measured, rows, "kl", "eval/reverse_kl")
             if exact:

@@ -23,6 +23,7 @@ from models.causal_lm import CausalLM
 from models.types import Head, Signal, SignalKind
 from training.objectives import Objective, TokenBatch, token_logprobs
 from training.packing import PackedBatch, TrainingItem, pack, token_weights
+from training.weight_gradients import accumulated_in_place
 
 HEAD_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 27}  # logits of one chunk: 32 or 512 MiB in float32
 
@@ -79,7 +80,8 @@ class Learner:
     def forward_backward(self, items: Sequence[TrainingItem], objective: Objective) -> list[ItemMetrics]:
         """Add the gradient of the objective over `items`, which make up one optimizer step."""
         try:
-            return self._run(items, objective, train=True)
+            with accumulated_in_place(self.lm.model):
+                return self._run(items, objective, train=True)
         except torch.OutOfMemoryError as error:
             raise ProtegeError(
                 f"out of memory with {self.token_budget} tokens at a time: lower micro_batch_tokens, set "

@@ -25,6 +25,7 @@ from envs.rendering import Renderer
 from envs.rollout import derive_seed
 from envs.types import EnvGroupBuilder
 from errors import CheckpointError, NoSignalError
+from models.device_thread import compute
 from models.types import Sampler
 from training.collect import Collected, Teacher, collect
 from training.evaluation import EvalSet, Judge, evaluate
@@ -160,7 +161,7 @@ class Loop:
         await self.sampler.sleep()
         with anyio.CancelScope(shield=True):  # weights are updated by whole steps only
             with timer.stage("training"):
-                measured, updates = await anyio.to_thread.run_sync(self._update, collected)
+                measured, updates = await compute(self._update, collected)
             self.step += 1
             self._cursor_states = [plan.cursor.state() for plan in self.plans]
             await self.sampler.update_weights(self.step)

@@ -213,11 +213,14 @@ class JSD:
 
     def loss(self, logits, batch):
         assert batch.teacher_logits is not None
-        student = logits.log_softmax(-1)  # [n, v]
-        teacher = batch.teacher_logits.log_softmax(-1)
-        loss = divergence(student, teacher, self.beta)
-        live = student.detach().gather(1, batch.ids[:, None])[:, 0]
-        judged = teacher.gather(1, batch.ids[:, None])[:, 0]
+        if self.beta == 1:
+            loss, live, judged = _ExactReverseKL.apply(logits, batch.teacher_logits, batch.ids)  # type: ignore[misc]
+        else:
+            student = logits.log_softmax(-1)  # [n, v]
+            teacher = batch.teacher_logits.log_softmax(-1)
+            loss = divergence(student, teacher, self.beta)
+            live = student.detach().gather(1, batch.ids[:, None])[:, 0]
+            judged = teacher.gather(1, batch.ids[:, None])[:, 0]
         metrics = {
             "kl": live - judged,
             "teacher_logprob": judged,
@@ -231,7 +234,7 @@ class JSD:
 def divergence(student: Float[Tensor, "n v"], teacher: Float[Tensor, "n v"], beta: float) -> Float[Tensor, " n"]:
     """JSD_beta of log-probabilities, natural logs, no temperature factor."""
     if beta == 1:
-        return _ReverseKLRows.apply(student, teacher)  # type: ignore[return-value]
+        return (student.exp() * (student - teacher)).sum(-1)
     if beta == 0:
         return (teacher.exp() * (teacher - student)).sum(-1)
     mixture = torch.logaddexp(student + math.log1p(-beta), teacher + math.log(beta))
@@ -240,23 +243,30 @@ def divergence(student: Float[Tensor, "n v"], teacher: Float[Tensor, "n v"], bet
     return beta * to_teacher + (1 - beta) * to_student
 
 
-class _ReverseKLRows(torch.autograd.Function):
-    """KL(s || t) per row of log-probabilities; the gradient in log s is s * (log s - log t + 1).
+class _ExactReverseKL(torch.autograd.Function):
+    """`divergence(…, beta=1)` of two sets of logits, and both logprobs of `ids`, with two `[n, v]` tensors of its own.
 
-    The gradient is formed in place of the difference that the forward pass made.
+    The gradient of KL(s || t) in the student's logits is s * (log s - log t - KL): it is made in the forward pass, in
+    place, so that nothing else need be kept for the backward pass.
     """
 
     @staticmethod
-    def forward(ctx, student: Tensor, teacher: Tensor) -> Tensor:
-        gap = student - teacher
-        probabilities = student.exp()
-        ctx.save_for_backward(gap, probabilities)
-        return (probabilities * gap).sum(-1)
+    def forward(ctx, logits: Tensor, teacher_logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        student = logits.log_softmax(-1)  # [n, v]
+        teacher = teacher_logits.log_softmax(-1)
+        live, judged = (x.gather(1, ids[:, None])[:, 0] for x in (student, teacher))
+        gap = torch.sub(student, teacher, out=teacher)
+        probabilities = student.exp_()
+        weighted = gap.mul_(probabilities)
+        kl = weighted.sum(-1)
+        ctx.save_for_backward(weighted.addcmul_(probabilities, kl[:, None], value=-1))
+        ctx.mark_non_differentiable(live, judged)
+        return kl, live, judged
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        gap, probabilities = ctx.saved_tensors
-        return (gap + 1).mul_(probabilities).mul_(grad[:, None]), None
+    def backward(ctx, grad: Tensor, *_: Tensor):  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad[:, None], None, None
 
 
 @dataclass(frozen=True)

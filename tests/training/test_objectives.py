@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -19,7 +20,7 @@ from training.objectives import (
     SFT,
     ReverseKL,
     TokenBatch,
-    _ReverseKLRows,
+    _ExactReverseKL,
     _TokenLogprobs,
     discounted_sums,
     divergence,
@@ -329,9 +330,9 @@ def test_custom_functions_pass_gradcheck():
     logits = doubles(N, V, seed=13, scale=2.0).requires_grad_()
     ids = make_batch(logits.detach()).ids
     assert torch.autograd.gradcheck(lambda z: _TokenLogprobs.apply(z, ids), (logits,))
-    student = doubles(N, V, seed=14).log_softmax(-1).requires_grad_()
     teacher = doubles(N, V, seed=15).log_softmax(-1)
-    assert torch.autograd.gradcheck(lambda s: _ReverseKLRows.apply(s, teacher), (student,))
+    raw_teacher = teacher + doubles(N, 1, seed=14)  # logits, not normalised
+    assert torch.autograd.gradcheck(lambda z: _ExactReverseKL.apply(z, raw_teacher, ids)[0], (logits,))
     for beta in (0, 0.4, 1):
         assert torch.autograd.gradcheck(lambda z, b=beta: divergence(z.log_softmax(-1), teacher, b), (logits,))
 
@@ -341,11 +342,19 @@ def test_custom_backward_leaves_its_inputs_as_they_were():
     logits = doubles(N, V, seed=16).requires_grad_()
     teacher = doubles(N, V, seed=17).log_softmax(-1)
     before, teacher_before = logits.detach().clone(), teacher.clone()
-    student = logits.log_softmax(-1)
-    student_before = student.detach().clone()
-    (divergence(student, teacher, 1).sum() + token_logprobs(logits, torch.arange(N)).sum()).backward()
+    kl, _, _ = _ExactReverseKL.apply(logits, teacher, torch.arange(N))
+    (kl.sum() + token_logprobs(logits, torch.arange(N)).sum()).backward()
     assert torch.equal(logits.detach(), before) and torch.equal(teacher, teacher_before)
-    assert torch.equal(student.detach(), student_before)
+
+
+def test_exact_reverse_kl_is_the_divergence_at_beta_one():
+    logits, teacher = doubles(N, V, seed=18, scale=3.0), doubles(N, V, seed=19, scale=3.0)
+    ids = make_batch(logits).ids
+    student_logprobs, teacher_logprobs = logits.log_softmax(-1), teacher.log_softmax(-1)
+    kl, live, judged = _ExactReverseKL.apply(logits, teacher, ids)
+    torch.testing.assert_close(kl, divergence(student_logprobs, teacher_logprobs, 1))
+    assert torch.equal(live, student_logprobs.gather(1, ids[:, None])[:, 0])
+    assert torch.equal(judged, teacher_logprobs.gather(1, ids[:, None])[:, 0])
 
 
 def test_extreme_logits_do_not_make_nan():
@@ -353,7 +362,7 @@ def test_extreme_logits_do_not_make_nan():
     teacher = torch.tensor([[-1e4, 1e4, 0.0], [0.0, 80.0, -80.0]])
     for beta in (0, 0.5, 1):
         logits.grad = None
-        loss = divergence(logits.log_softmax(-1), teacher.log_softmax(-1), beta)
+        loss = JSD(beta).loss(logits, replace(make_batch(torch.zeros(2, 3)), teacher_logits=teacher)).loss
         loss.sum().backward()
         assert torch.isfinite(loss).all() and logits.grad is not None and torch.isfinite(logits.grad).all()
         assert loss[1].item() == pytest.approx(0.0, abs=1e-6)
