@@ -15,8 +15,8 @@ from docker.types import Mount
 
 from errors import SandboxError
 from sandbox.docker_engine import Lifeline, as_sandbox_errors
+from sandbox.processes import MARK
 from sandbox.reap import LEASE_LABEL, OWNER_LABEL, SANDBOX_LABEL, Owner
-from sandbox.shell import MARK
 from sandbox.types import SandboxConfig
 
 log = logging.getLogger(__name__)

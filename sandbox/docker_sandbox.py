@@ -25,7 +25,7 @@ from sandbox import files
 from sandbox.container import Container, MissingImage, container_options, start_container
 from sandbox.docker_engine import Engine, Process
 from sandbox.images import Images
-from sandbox.processes import END_INSIDE, ContainerProcess, HostView, now_ticks
+from sandbox.processes import END_INSIDE, ContainerProcess, HostView, host_view, now_ticks
 from sandbox.shell import MARK, Ended, Report, Shell
 from sandbox.shell_stream import HeadTail, Sink
 from sandbox.types import ExecResult, SandboxConfig, TimedOut
@@ -56,9 +56,8 @@ class DockerSandbox:
         self._name = container.name
         self._lifeline = container.lifeline
         self._config = config
-        self._host = HostView(container.id, container.init_pid)
-        self._local = self._host.usable()
-        self._oom_kills = self._host.oom_kills() if self._local else None
+        self._host = host_view(container.id, container.init_pid)
+        self._oom_kills = self._host.oom_kills() if self._host else 0
         self._shells: dict[ShellKey, Shell] = {}
         self._locks: dict[ShellKey, anyio.Lock] = {}
         self._lost: set[ShellKey] = set()  # shells that have ended since their last command
@@ -102,9 +101,7 @@ class DockerSandbox:
             outcome = None
             try:
                 with anyio.move_on_after(timeout_s):
-                    outcome = await shell.run(
-                        command, stdout=stdout, stderr=stderr, lives=partial(self._lives, shell), mark=mark, **options
-                    )
+                    outcome = await shell.run(command, stdout=stdout, stderr=stderr, mark=mark, **options)
             finally:
                 if outcome is None:  # out of time, cancelled or tampered with: nothing of the command may live on
                     with CancelScope(shield=True):
@@ -158,8 +155,7 @@ class DockerSandbox:
             begun_ticks = now_ticks()
             try:
                 with anyio.move_on_after(FILE_TIMEOUT_S):
-                    lives = partial(self._lives, shell)
-                    outcome = await shell.run_script(script, stdout=stdout, stderr=stderr, lives=lives, payload=payload)
+                    outcome = await shell.run_script(script, stdout=stdout, stderr=stderr, payload=payload)
             finally:
                 if outcome is None:
                     with CancelScope(shield=True):
@@ -177,16 +173,13 @@ class DockerSandbox:
         if (shell := self._shells.get(key)) is None:
             mark = f"{self._name}-shell{secrets.token_hex(3)}"
             try:
-                shell = await Shell.open(self._engine, self._container, key.user, mark)
+                shell = await Shell.open(self._engine, self._host, self._container, key.user, mark)
             except SandboxError as error:
                 if not await self._engine.is_running(self._container):
                     await self._give_up("its container has ended")
                 raise SandboxError(f"sandbox {self._name}: {error}") from error
             self._shells[key] = shell
         return shell
-
-    async def _lives(self, shell: Shell) -> bool:
-        return self._host.lives(shell.pid) if self._local else await shell.answers()
 
     async def _account_for(self, key: ShellKey, shell: Shell) -> int:
         """The exit code of a shell that has ended. Raises `SandboxError` if the container ended with it."""
@@ -231,8 +224,8 @@ class DockerSandbox:
             return not marked and not ours and process.started_ticks >= begun_ticks - 1
 
         try:
-            if self._local:
-                proven = await self._host.end(doomed, within_s=1.0) or await self._end_frozen(doomed)
+            if self._host is not None:
+                proven = await self._host.end(doomed, within_s=1.0) or await self._end_frozen(self._host, doomed)
             else:
                 proven = await self._end_inside(key.user, mark, shell.mark)
         except SandboxError as error:
@@ -241,17 +234,17 @@ class DockerSandbox:
             if not proven:
                 await self._give_up("a command could not be proven dead")
 
-    async def _end_frozen(self, doomed: Callable[[ContainerProcess], bool]) -> bool:
+    async def _end_frozen(self, host: HostView, doomed: Callable[[ContainerProcess], bool]) -> bool:
         """For what forks faster than we kill: frozen, it cannot."""
         client = self._engine.client
         await self._engine.call("freezing a sandbox", client.pause, self._container)
         try:
-            for process in self._host.processes():
+            for process in host.processes():
                 if doomed(process):
-                    self._host.kill(process.pid)
+                    host.kill(process.pid)
         finally:
             await self._engine.call("thawing a sandbox", client.unpause, self._container)
-        return await self._host.end(doomed, within_s=END_TIMEOUT_S)
+        return await host.end(doomed, within_s=END_TIMEOUT_S)
 
     async def _end_inside(self, user: str | None, mark: str, shell_mark: str) -> bool:
         command = ["bash", "-p", "-c", END_INSIDE, "end", mark, shell_mark, f"{self._name}-"]
@@ -266,10 +259,8 @@ class DockerSandbox:
         return said.strip() == b"left 0"
 
     def _was_oom_killed(self) -> bool:
-        if not self._local:
-            return False
-        before, self._oom_kills = self._oom_kills, self._host.oom_kills()
-        return (self._oom_kills or 0) > (before or 0)
+        before, self._oom_kills = self._oom_kills, self._host.oom_kills() if self._host else 0
+        return self._oom_kills > before
 
     def _check_alive(self) -> None:
         if self._gone is not None:

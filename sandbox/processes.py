@@ -13,7 +13,8 @@ from pathlib import Path
 
 import anyio
 
-from sandbox.shell import MARK
+MARK = "PROTEGE_COMMAND"
+"""The environment variable that tells which command a process was started by."""
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 PASS_S = 0.005
@@ -36,15 +37,6 @@ class HostView:
     def __init__(self, container: str, init_pid: int) -> None:
         self._container = container.encode()
         self._init_pid = init_pid
-
-    def usable(self) -> bool:
-        """Whether the container's first process is where the engine says, and can be looked into."""
-        try:
-            cgroup = Path(f"/proc/{self._init_pid}/cgroup").read_bytes()
-            Path(f"/proc/{self._init_pid}/environ").read_bytes()
-        except OSError:
-            return False
-        return self._container in cgroup and os.geteuid() == 0
 
     def processes(self) -> list[ContainerProcess]:
         """Those that run, but for the container's own first two: init, and the keeper that it started."""
@@ -91,8 +83,8 @@ class HostView:
                 return False
             await anyio.sleep(PASS_S)
 
-    def oom_kills(self) -> int | None:
-        """How many processes of this container the kernel has killed for want of memory; None: cannot tell."""
+    def oom_kills(self) -> int:
+        """How many processes of this container the kernel has killed for want of memory; 0 too if it cannot tell."""
         try:
             groups = Path(f"/proc/{self._init_pid}/cgroup").read_text()
             for entry in groups.splitlines():
@@ -106,8 +98,17 @@ class HostView:
                 if file.exists() and (count := re.search(r"^oom_kill (\d+)$", file.read_text(), re.MULTILINE)):
                     return int(count[1])
         except OSError:
-            return None
+            return 0
+        return 0
+
+
+def host_view(container: str, init_pid: int) -> HostView | None:
+    """None if the engine runs elsewhere, or does not let us look or kill: then that is done from inside."""
+    try:
+        cgroup = Path(f"/proc/{init_pid}/cgroup").read_text()
+    except OSError:
         return None
+    return HostView(container, init_pid) if container in cgroup and os.geteuid() == 0 else None
 
 
 def now_ticks() -> int:

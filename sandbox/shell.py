@@ -12,7 +12,7 @@ import contextlib
 import math
 import secrets
 import shlex
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import IO
 
@@ -20,10 +20,8 @@ import anyio
 
 from errors import SandboxError
 from sandbox.docker_engine import Engine
+from sandbox.processes import MARK, HostView
 from sandbox.shell_stream import READ_BYTES, STDERR, ExecSocket, HeadTail, Sink, Splitter
-
-MARK = "PROTEGE_COMMAND"
-"""The environment variable that tells which command a process was started by."""
 
 BASH = ["bash", "--norc", "--noprofile"]
 SHELL_ENV = {"BASH_ENV": "", "ENV": ""}  # a file named there would be run first
@@ -52,24 +50,25 @@ class Ended:
 class Shell:
     """A bash in a container. Not for concurrent commands."""
 
-    def __init__(self, engine: Engine, socket: ExecSocket, exec_id: str, mark: str) -> None:
+    def __init__(self, engine: Engine, host: HostView | None, socket: ExecSocket, exec_id: str, mark: str) -> None:
         self.exec_id = exec_id
         self.pid = 0  # on the engine's machine
         self.mark = mark  # in the environment of the shell itself
         self._engine = engine
+        self._host = host
         self._socket = socket
         self._pending: list[tuple[int, bytes]] = []  # came after the last report: from children left behind
 
     @classmethod
-    async def open(cls, engine: Engine, container: str, user: str | None, mark: str) -> Shell:
-        """Raises `SandboxError`, also if bash does not answer."""
+    async def open(cls, engine: Engine, host: HostView | None, container: str, user: str | None, mark: str) -> Shell:
+        """`host` is None where only the engine can tell what runs. Raises `SandboxError`, also if no bash answers."""
         environment = {**SHELL_ENV, MARK: mark}
         socket, exec_id = await engine.open_exec(container, BASH, environment, user)
         try:
-            shell = cls(engine, socket, exec_id, mark)
+            shell = cls(engine, host, socket, exec_id, mark)
             noise = HeadTail(2000)  # a missing locale, for one, is complained about
             with anyio.move_on_after(OPEN_TIMEOUT_S):
-                outcome = await shell.run(":", stdout=noise, stderr=noise, lives=shell.answers)
+                outcome = await shell.run(":", stdout=noise, stderr=noise)
                 if isinstance(outcome, Report):
                     while shell.pid == 0:  # the engine starts a program first and notes its number then
                         shell.pid = (await engine.process(exec_id)).pid
@@ -80,8 +79,9 @@ class Shell:
             socket.close()
             raise
 
-    async def answers(self) -> bool:
-        """The engine's word on whether this shell still runs."""
+    async def lives(self) -> bool:
+        if self._host is not None and self.pid:
+            return self._host.lives(self.pid)
         return (await self._engine.process(self.exec_id)).running
 
     async def run(
@@ -90,42 +90,28 @@ class Shell:
         *,
         stdout: Sink,
         stderr: Sink,
-        lives: Callable[[], Awaitable[bool]],
         mark: str | None = None,
         workdir: str | None = None,
         env: Mapping[str, str] | None = None,
         stdin: bytes | None = None,
     ) -> Report | Ended:
-        """Run one command to its end. `lives` is asked now and then whether the shell still does.
+        """Run one command to its end.
 
         `env` and `workdir` hold for this command alone; `mark` is in the environment of all that it starts.
         """
         token = secrets.token_hex(16)
         text = line(command, token, mark, workdir, env, stdin)
-        return await self._exchange(text, token, None, stdout, stderr, lives, FREE_BYTES)
+        return await self._exchange(text, token, None, stdout, stderr, FREE_BYTES)
 
     async def run_script(
-        self,
-        script: str,
-        *,
-        stdout: Sink,
-        stderr: Sink,
-        lives: Callable[[], Awaitable[bool]],
-        payload: IO[bytes] | None = None,
+        self, script: str, *, stdout: Sink, stderr: Sink, payload: IO[bytes] | None = None
     ) -> Report | Ended:
         """Run a script of ours, which reads all of `payload` from the shell's own input, and no more."""
         token = secrets.token_hex(16)
-        return await self._exchange(script_line(script, token), token, payload, stdout, stderr, lives, math.inf)
+        return await self._exchange(script_line(script, token), token, payload, stdout, stderr, math.inf)
 
     async def _exchange(
-        self,
-        text: str,
-        token: str,
-        payload: IO[bytes] | None,
-        stdout: Sink,
-        stderr: Sink,
-        lives: Callable[[], Awaitable[bool]],
-        free_bytes: float,
+        self, text: str, token: str, payload: IO[bytes] | None, stdout: Sink, stderr: Sink, free_bytes: float
     ) -> Report | Ended:
         report = HeadTail(REPORT_BYTES)
         out = Splitter(token.encode(), [stdout, stdout, report])
@@ -134,7 +120,7 @@ class Shell:
             await self._socket.send(text.encode("utf-8", "surrogatepass"))
             while payload is not None and (data := payload.read(READ_BYTES)):
                 await self._socket.send(data)
-        await self._read(out, err, lives, free_bytes)
+        await self._read(out, err, free_bytes)
         self._pending = [(STDERR, err.rest)] * bool(err.rest) + [(1, out.rest)] * bool(out.rest)
         if not (out.done and err.done):
             out.flush()
@@ -145,9 +131,7 @@ class Shell:
             raise SandboxError(f"a shell's report was tampered with: {status[:100]!r}")
         return Report(int(status))
 
-    async def _read(
-        self, out: Splitter, err: Splitter, lives: Callable[[], Awaitable[bool]], free_bytes: float
-    ) -> None:
+    async def _read(self, out: Splitter, err: Splitter, free_bytes: float) -> None:
         """Until both have seen their last token, or the shell is dead."""
         received = 0.0
         frames = self._pending
@@ -168,7 +152,7 @@ class Shell:
             if not frames:
                 if settled:
                     return
-                settled = not await lives()
+                settled = not await self.lives()
 
     def close(self) -> None:
         self._socket.close()
