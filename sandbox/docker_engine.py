@@ -18,6 +18,7 @@ import docker
 import docker.errors
 import docker.utils
 import requests
+import urllib3.exceptions
 from anyio import CapacityLimiter, to_thread
 
 from errors import SandboxError, SandboxUnavailableError
@@ -25,14 +26,16 @@ from sandbox.shell_stream import ExecSocket
 
 P = ParamSpec("P")
 T = TypeVar("T")
+C = TypeVar("C", bound=docker.APIClient)
 
-CALL_TIMEOUT_S = 120.0  # of one answer of the engine; 32 containers starting at once take seconds each
+ENGINE_ERRORS = (docker.errors.DockerException, requests.RequestException, urllib3.exceptions.HTTPError, OSError)
+CALL_TIMEOUT_S = 120  # of one answer of the engine; 32 containers starting at once take seconds each
 CALLS_AT_ONCE = 16
 STARTS_PER_CORE = 2  # more than this only makes every start slower
 REMOVAL_TRIES = 5
 
 
-def connect(timeout_s: float = CALL_TIMEOUT_S) -> docker.APIClient:
+def connect(client_type: type[C] = docker.APIClient) -> C:
     """A client of the engine that DOCKER_HOST names, or of the local one. Raises `SandboxUnavailableError`."""
     where = os.environ.get("DOCKER_HOST") or "the local socket"
     if where.startswith("ssh://"):
@@ -41,9 +44,9 @@ def connect(timeout_s: float = CALL_TIMEOUT_S) -> docker.APIClient:
             " socket (ssh -L ./docker.sock:/var/run/docker.sock host) and set DOCKER_HOST=unix://$PWD/docker.sock"
         )
     try:
-        client = docker.APIClient(**docker.utils.kwargs_from_env(), version="auto", timeout=int(timeout_s))
+        client = client_type(**docker.utils.kwargs_from_env(), version="auto", timeout=CALL_TIMEOUT_S)
         client.ping()
-    except (docker.errors.DockerException, requests.RequestException, OSError) as error:
+    except ENGINE_ERRORS as error:
         raise SandboxUnavailableError(
             f"no container engine answers at {where} ({error}). Start Docker (as root: .ci/docker-engine), or point"
             " DOCKER_HOST at Docker's or Podman's socket (unix://…, tcp://…)"
@@ -56,7 +59,7 @@ def as_sandbox_errors(what: str) -> Iterator[None]:
     """Whatever the engine or the way to it says becomes a `SandboxError` that names what was being done."""
     try:
         yield
-    except (docker.errors.DockerException, requests.RequestException, OSError) as error:
+    except ENGINE_ERRORS as error:
         text = error.explanation if isinstance(error, docker.errors.APIError) and error.explanation else str(error)
         raise SandboxError(f"{what}: {text}") from error
 
@@ -150,7 +153,7 @@ class Engine:
             found = await self.in_thread(self.client.inspect_container, container)
         except docker.errors.NotFound:
             return False
-        except (docker.errors.DockerException, requests.RequestException, OSError) as error:
+        except ENGINE_ERRORS as error:
             raise SandboxError(f"asking after a sandbox: {error}") from error
         return bool(found["State"]["Running"])
 
@@ -163,7 +166,7 @@ class Engine:
                 return
             except docker.errors.NotFound:
                 return
-            except (docker.errors.DockerException, requests.RequestException, OSError) as error:
+            except ENGINE_ERRORS as error:
                 problem = str(error)  # "removal already in progress", or the engine is restarting
             await anyio.sleep(0.2 * 2**attempt)
         raise SandboxError(f"sandbox {container} could not be removed; python -m sandbox.reap will: {problem}")

@@ -24,7 +24,8 @@ from errors import SandboxError
 from sandbox import files
 from sandbox.container import Container, MissingImage, container_options, start_container
 from sandbox.docker_engine import Engine, Process
-from sandbox.images import Images
+from sandbox.dockerfile import substitute
+from sandbox.images import PULL_TIMEOUT_S, Images
 from sandbox.processes import END_INSIDE, ContainerProcess, HostView, host_view, now_ticks
 from sandbox.shell import MARK, Ended, Report, Shell
 from sandbox.shell_stream import HeadTail, Sink
@@ -288,23 +289,37 @@ class DockerSandbox:
 class DockerSandboxFactory:
     """Makes `DockerSandbox`es on one engine, as many at a time as it starts well. Belongs to one event loop."""
 
-    def __init__(self, engine: Engine, run: str | None = None) -> None:
+    def __init__(self, engine: Engine, run: str | None = None, substitutes: Mapping[str, str] | None = None) -> None:
         self._engine = engine
         self._run = run or secrets.token_hex(4)
-        self._images = Images(engine)
+        self._substitutes = substitutes or {}
+        self._images = Images(engine, substitutes or {})
 
     @classmethod
-    async def connect(cls, run: str | None = None) -> DockerSandboxFactory:
-        """Raises `SandboxUnavailableError` if no engine answers. `run` names the owner in labels."""
-        return cls(await Engine.connect(), run)
+    async def connect(
+        cls, run: str | None = None, substitutes: Mapping[str, str] | None = None
+    ) -> DockerSandboxFactory:
+        """`run` names the owner in labels; `substitutes` name local images to take instead of others.
+
+        Raises `SandboxUnavailableError` if no engine answers.
+        """
+        return cls(await Engine.connect(), run, substitutes)
 
     async def create(self, image: str, config: SandboxConfig | None = None) -> DockerSandbox:
         config = config or SandboxConfig()
         try:
-            return await self._start(image, config)
+            return await self._start(substitute(image, self._substitutes), config)
         except MissingImage:
-            await self._images.pull(image)
-            return await self._start(image, config)
+            return await self._start(await self._images.ensure(image), config)
+
+    async def build_image(
+        self, folder: Path, *, timeout_s: float, dockerfile: str = "Dockerfile", args: Mapping[str, str] | None = None
+    ) -> str:
+        return await self._images.build(folder, timeout_s, dockerfile, args)
+
+    async def ensure_image(self, image: str, *, timeout_s: float = PULL_TIMEOUT_S) -> str:
+        """The name to create sandboxes of: `image` or its substitute, pulled if missing. Raises `ImageBuildError`."""
+        return await self._images.ensure(image, timeout_s)
 
     async def _start(self, image: str, config: SandboxConfig) -> DockerSandbox:
         engine = self._engine

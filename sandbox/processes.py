@@ -52,9 +52,12 @@ class HostView:
             if state in GONE:
                 return None
             inside = re.search(rb"^NSpid:.*\s(\d+)$", Path(f"/proc/{pid}/status").read_bytes(), re.MULTILINE)
-            environ = Path(f"/proc/{pid}/environ").read_bytes()
         except OSError:  # ended meanwhile
             return None
+        try:
+            environ = Path(f"/proc/{pid}/environ").read_bytes()
+        except OSError:  # ended, or not for us to see: then whose it is cannot be told
+            environ = b""
         return ContainerProcess(pid, int(inside[1]) if inside else 0, started, mark_in(environ))
 
     def lives(self, pid: int) -> bool:
