@@ -66,7 +66,7 @@ def split_thinking(text: str, *, inside: bool) -> tuple[str, str]:
 # --- where a call may stand
 
 _FENCE = r"^ {0,3}(?P<fence>`{3,}|~{3,})[^\n]*$"
-_THOUGHT = "|".join(f"{re.escape(start)}.*?{re.escape(end)}" for start, end in _THINKING)
+_OPENS_THOUGHT = "|".join(re.escape(start) for start, _ in _THINKING)
 
 ReadCall = Callable[[RawTurn, str, re.Match[str]], int | None]
 """Reads what begins at a match, adds it to the turn and returns where it ends; None: that is text."""
@@ -74,16 +74,21 @@ ReadCall = Callable[[RawTurn, str, re.Match[str]], int | None]
 
 def scan(text: str, opening: str, read: ReadCall) -> RawTurn:
     """A turn whose calls begin where the pattern `opening` matches."""
-    pattern = re.compile(rf"{_FENCE}|(?P<thought>{_THOUGHT})|(?P<opening>{opening})", re.MULTILINE | re.DOTALL)
+    pattern = re.compile(rf"{_FENCE}|(?P<thought>{_OPENS_THOUGHT})|(?P<opening>{opening})", re.MULTILINE)
     turn, said, thoughts = RawTurn(), [], []
+    last_end = {begin: text.rfind(end) for begin, end in _THINKING}  # once: a model may open a thousand thoughts
     start = position = 0  # text from `start` on is not in `said` yet
     while (match := pattern.search(text, position)) is not None:
         if match["fence"] is not None:
             position = _end_of_fence(text, match)
-        elif match["thought"] is not None:
-            said.append(text[start : match.start()])
-            thoughts.append(match["thought"])
-            start = position = match.end()
+        elif (begin := match["thought"]) is not None:
+            position = match.end()
+            if last_end[begin] >= position:  # else it is never closed, and only text
+                end = dict(_THINKING)[begin]
+                position = text.index(end, position) + len(end)
+                said.append(text[start : match.start()])
+                thoughts.append(text[match.start() : position])
+                start = position
         else:
             unread = len(turn.malformed)
             end = read(turn, text, match)
