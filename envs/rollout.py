@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import anyio
 
@@ -17,7 +18,9 @@ from envs.types import (
     StopReason,
 )
 from errors import InfrastructureError
-from models.types import Sampler
+
+if TYPE_CHECKING:  # at run time it would bring torch into every environment
+    from models.types import Sampler
 
 
 def derive_seed(*parts: object) -> int:
