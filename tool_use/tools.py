@@ -59,8 +59,9 @@ class FunctionTool:
             self._namespace = {}
 
     def __set_name__(self, owner: type, name: str) -> None:
-        self._is_method = not self._static
-        self._attribute = name
+        if self.__qualname__.rpartition(".")[0] == owner.__qualname__:  # else it is only kept there
+            self._is_method = not self._static
+            self._attribute = name
 
     def __get__(self, instance: Any, owner: type | None = None) -> FunctionTool:
         if self._static or (instance is None and not self._of_class):

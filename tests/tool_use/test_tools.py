@@ -373,6 +373,15 @@ def test_a_method_without_its_object_says_how_to_get_one():
         _ = Counter.add.schema
 
 
+async def test_a_tool_that_a_class_only_keeps_still_works_on_its_own():
+    class Keeper:
+        kept = module_level
+        tools = (module_level,)
+
+    assert await module_level.run({"a": 1}) == await Keeper.kept.run({"a": 1}) == 1
+    assert await Keeper().tools[0].run({"a": 2}) == 2
+
+
 async def test_a_bound_method_can_be_made_a_tool_afterwards():
     class Plain:
         def greet(self, name: str) -> str:
