@@ -61,7 +61,7 @@ def stays_inside(name: str, link: str) -> bool:
     while ups < len(parts) and parts[ups] == "..":
         ups += 1
     depth = len(PurePosixPath(name).parts) - 1
-    return bool(parts) and not PurePosixPath(link).is_absolute() and ups <= depth and ".." not in parts[ups:]
+    return not PurePosixPath(link).is_absolute() and ups <= depth and ".." not in parts[ups:]
 
 
 def unpack(archive: IO[bytes], target: Path, max_bytes: int) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -98,15 +98,9 @@ class DockerSandbox:
         while True:
             shell = await self._shell(key)
             stdout, stderr = HeadTail(limit), HeadTail(limit)
-            started, begun_ticks = time.monotonic(), now_ticks()
-            outcome = None
-            try:
-                with anyio.move_on_after(timeout_s):
-                    outcome = await shell.run(command, stdout=stdout, stderr=stderr, mark=mark, **options)
-            finally:
-                if outcome is None:  # out of time, cancelled or tampered with: nothing of the command may live on
-                    with CancelScope(shield=True):
-                        await self._end_command(key, shell, mark, begun_ticks)
+            started = time.monotonic()
+            work = shell.run(command, stdout=stdout, stderr=stderr, mark=mark, **options)
+            outcome = await self._supervise(work, key, shell, mark, timeout_s)
             duration_s = time.monotonic() - started
             if isinstance(outcome, Ended):
                 exit_code = await self._account_for(key, shell)
@@ -152,15 +146,8 @@ class DockerSandbox:
         async with self._locks.setdefault(key, anyio.Lock()):
             self._check_alive()
             shell = await self._shell(key)
-            outcome = None
-            begun_ticks = now_ticks()
-            try:
-                with anyio.move_on_after(FILE_TIMEOUT_S):
-                    outcome = await shell.run_script(script, stdout=stdout, stderr=stderr, payload=payload)
-            finally:
-                if outcome is None:
-                    with CancelScope(shield=True):
-                        await self._end_command(key, shell, shell.mark, begun_ticks)
+            work = shell.run_script(script, stdout=stdout, stderr=stderr, payload=payload)
+            outcome = await self._supervise(work, key, shell, shell.mark, FILE_TIMEOUT_S)
             if isinstance(outcome, Report):
                 return outcome.exit_code
             if isinstance(outcome, Ended):
@@ -212,6 +199,36 @@ class DockerSandbox:
 
     # --- ends
 
+    async def _supervise(
+        self, work: Coroutine[Any, Any, Report | Ended], key: ShellKey, shell: Shell, mark: str, timeout_s: float
+    ) -> Report | Ended | None:
+        """None: out of time. Then, and if it fails or is cancelled, nothing of the work lives on."""
+        begun_ticks = now_ticks()
+        try:
+            with anyio.move_on_after(timeout_s):
+                return await work
+        except BaseException:
+            with CancelScope(shield=True), contextlib.suppress(SandboxError):  # then the sandbox is gone
+                await self._end_command(key, shell, mark, begun_ticks)
+            raise
+        with CancelScope(shield=True):
+            await self._end_command(key, shell, mark, begun_ticks)
+        return None
+
+    async def end_processes(self) -> None:
+        self._check_alive()
+        for key, shell in list(self._shells.items()):
+            self._drop(key, shell)
+        with CancelScope(shield=True):
+            if self._host is not None:
+                proven = await self._end_all(self._host, lambda process: True)
+            else:  # each user can end what is its own; the last one sees that nothing is left
+                proven = False
+                for user in {key.user for key in self._locks} | {None}:
+                    proven = await self._end_inside(user, "", "", known="")
+            if not proven:
+                await self._give_up("its processes could not be ended")
+
     async def _end_command(self, key: ShellKey, shell: Shell, mark: str, begun_ticks: int) -> None:
         """Nothing of the command runs when this returns. Raises `SandboxError` if the sandbox had to go for that."""
         self._drop(key, shell)
@@ -226,17 +243,19 @@ class DockerSandbox:
 
         try:
             if self._host is not None:
-                proven = await self._host.end(doomed, within_s=1.0) or await self._end_frozen(self._host, doomed)
+                proven = await self._end_all(self._host, doomed)
             else:
-                proven = await self._end_inside(key.user, mark, shell.mark)
+                proven = await self._end_inside(key.user, mark, shell.mark, known=f"{self._name}-")
         except SandboxError as error:
             await self._give_up(f"a command could not be ended ({error})")
         else:
             if not proven:
                 await self._give_up("a command could not be proven dead")
 
-    async def _end_frozen(self, host: HostView, doomed: Callable[[ContainerProcess], bool]) -> bool:
-        """For what forks faster than we kill: frozen, it cannot."""
+    async def _end_all(self, host: HostView, doomed: Callable[[ContainerProcess], bool]) -> bool:
+        if await host.end(doomed, within_s=1.0):
+            return True
+        # It forks faster than we kill. Frozen, it cannot.
         client = self._engine.client
         await self._engine.call("freezing a sandbox", client.pause, self._container)
         try:
@@ -247,8 +266,8 @@ class DockerSandbox:
             await self._engine.call("thawing a sandbox", client.unpause, self._container)
         return await host.end(doomed, within_s=END_TIMEOUT_S)
 
-    async def _end_inside(self, user: str | None, mark: str, shell_mark: str) -> bool:
-        command = ["bash", "-p", "-c", END_INSIDE, "end", mark, shell_mark, f"{self._name}-"]
+    async def _end_inside(self, user: str | None, mark: str, shell_mark: str, known: str) -> bool:
+        command = ["bash", "-p", "-c", END_INSIDE, "end", mark, shell_mark, known]
         socket, _ = await self._engine.open_exec(self._container, command, {MARK: f"{self._name}-end"}, user)
         said = b""
         try:

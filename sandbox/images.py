@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import anyio
+import anyio.lowlevel
 import docker
 import docker.errors
 import requests
@@ -150,6 +151,7 @@ class Images:
             tasks.start_soon(cut_off)
             await to_thread.run_sync(answer.read)
             tasks.cancel_scope.cancel()
+        await anyio.lowlevel.checkpoint_if_cancelled()  # cut because nobody waits is no failure of the work
         if answer.problem:
             raise ImageBuildError(f"{what} failed{answer.where()}: {answer.problem} (log: {answer.log})")
 

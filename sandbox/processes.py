@@ -135,14 +135,19 @@ def mark_in(environ: bytes) -> str:
 
 # Where the engine is on another machine, or does not let us look, the same is done from inside, as the command's
 # own user and with no more rights: bash comes from the image, which the command may have replaced. It ends what
-# carries the doomed mark, its shell's, or none of this sandbox's, and prints how many it could not end.
+# carries the doomed mark, its shell's, or none that begins as the known ones do, but for the container's first two;
+# and prints how many it could not end.
 END_INSIDE = r"""
-doomed=$1 shell=$2 known=$3
+doomed=$1 shell=$2 known=$3 keeper=
+for folder in /proc/[0-9]*; do
+  pid=${folder#/proc/}
+  ((pid > 1 && (keeper == 0 || pid < keeper))) && keeper=$pid
+done
 for ((tries = 0; tries < 200; tries++)); do
   left=0
   for folder in /proc/[0-9]*; do
     pid=${folder#/proc/}
-    [[ $pid == 1 || $pid == "$$" ]] && continue
+    [[ $pid == 1 || $pid == "$keeper" || $pid == "$$" ]] && continue
     { read -r stat < "$folder/stat"; } 2>/dev/null || continue
     [[ ${stat##*) } == [ZX]* ]] && continue
     mark=
@@ -151,7 +156,7 @@ for ((tries = 0; tries < 200; tries++)); do
         [[ $entry == PROTEGE_COMMAND=* ]] && mark=${entry#*=}
       done < "$folder/environ"
     } 2>/dev/null
-    [[ $mark == "$known"* && $mark != "$doomed" && $mark != "$shell" ]] && continue
+    [[ $known && $mark == "$known"* && $mark != "$doomed" && $mark != "$shell" ]] && continue
     [[ -e $folder ]] || continue
     left=$((left + 1))
     kill -9 "$pid" 2>/dev/null

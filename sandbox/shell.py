@@ -24,7 +24,7 @@ from sandbox.processes import MARK, HostView
 from sandbox.shell_stream import READ_BYTES, STDERR, ExecSocket, HeadTail, Sink, Splitter
 
 BASH = ["bash", "--norc", "--noprofile"]
-SHELL_ENV = {"BASH_ENV": "", "ENV": ""}  # a file named there would be run first
+SHELL_ENV = {"BASH_ENV": ""}  # a file named there would be run first
 OPEN_TIMEOUT_S = 60.0
 REPORT_BYTES = 8192
 CHECK_S = 0.2  # between looks at whether the shell still lives, where its children hold its output open
@@ -170,7 +170,7 @@ def line(
     halves = f"{token[:16]} {token[16:]}"
     source = "0</dev/null" if stdin is None else f"0< <(\\builtin printf %b {shlex.quote(escaped(stdin))})"
     values = "".join(f"{name}={shlex.quote(value)} " for name, value in (env or {}).items())
-    run = f"{values}\\builtin eval {shlex.quote(command)}"
+    run = f"{values}\\command eval {shlex.quote(command)}"
     if workdir is not None:
         # `cd` back by name: a subshell would lose what the command exports
         run = f'__back="${{PWD-}}"; CDPATH= \\builtin cd -- {shlex.quote(workdir)} && {{ {run}; }}'

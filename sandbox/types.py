@@ -102,25 +102,40 @@ class Sandbox(Protocol):
     ) -> ExecResult:
         """Runs `command` in this sandbox's persistent bash: `cd`, exports and functions stay.
 
-        `workdir` and `env` hold for this command alone; `user` has a shell of its own.
-        Raises `SandboxCommandTimeout` once the command and all its children are proven dead.
+        What it left in the background goes on, and does not delay the result. `set -e`, `-u`, `-x`, `-v` and
+        traps on DEBUG, ERR and RETURN last for their command. `workdir` and `env` hold for this command alone;
+        `user` has a shell of its own. If a command ends the shell (`exit`, `exec`, `kill`), its exit code is
+        the shell's and `shell_lost` is set, and so is it on the next result if the shell died in between.
+        Raises `TimedOut` once the command and all its children are proven dead.
         """
         ...
 
     async def read_file(self, path: str, *, max_bytes: int | None = None) -> bytes:
-        """Raises FileNotFoundError, IsADirectoryError, PermissionError, or `SandboxError` if too large."""
+        """Raises the OSError that fits: FileNotFoundError, IsADirectoryError, PermissionError (also for pipes
+        and devices), with `errno.EFBIG` if it is larger than `max_bytes` (256 MiB by default)."""
         ...
 
     async def write_file(self, path: str, content: bytes, *, mode: int = 0o644, user: str | None = None) -> None:
-        """Makes parent folders; replaces a file."""
+        """Makes parent folders; replaces a file's content and mode. Raises OSError, as when the disk is full."""
         ...
 
     async def upload_dir(self, source: Path, target: str) -> None:
-        """The content of local `source` as `target`, modes kept, links that lead out of `source` refused."""
+        """The content of local `source` as `target`, modes kept. Raises `DataError` for links that lead out of
+        `source` and for devices, OSError if the sandbox does not take it."""
         ...
 
-    async def download_dir(self, source: str, target: Path, *, max_bytes: int | None = None) -> None:
-        """The content of `source` as local `target`; nothing is ever written outside `target`."""
+    async def download_dir(self, source: str, target: Path, *, max_bytes: int | None = None) -> tuple[str, ...]:
+        """The content of `source` as local `target`; nothing is ever written outside `target`, whatever it holds.
+
+        Returns the names that were left out: devices, and links that lead out. Raises OSError, with
+        `errno.EFBIG` if it is larger than `max_bytes` (2 GiB by default)."""
+        ...
+
+    async def end_processes(self) -> None:
+        """Ends every process inside, what earlier commands left in the background too; shells start anew.
+
+        For before a verifier runs: no function, alias or daemon of the student's is there any longer.
+        """
         ...
 
     async def cleanup(self) -> None:
