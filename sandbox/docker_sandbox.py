@@ -26,7 +26,7 @@ from sandbox.container import Container, MissingImage, container_options, start_
 from sandbox.docker_engine import Engine, Process
 from sandbox.dockerfile import substitute
 from sandbox.images import PULL_TIMEOUT_S, Images
-from sandbox.processes import END_INSIDE, ContainerProcess, HostView, host_view, now_ticks
+from sandbox.processes import END_INSIDE, OOM_KILLS_INSIDE, ContainerProcess, HostView, host_view, now_ticks
 from sandbox.shell import MARK, Ended, Report, Shell
 from sandbox.shell_stream import HeadTail, Sink
 from sandbox.types import ExecResult, SandboxConfig, TimedOut
@@ -115,7 +115,7 @@ class DockerSandbox:
                 stdout.total,
                 stderr.total,
                 duration_s,
-                oom_killed=self._was_oom_killed(),
+                oom_killed=await self._was_oom_killed(exit_code),
                 shell_lost=key in self._lost,
             )
             if outcome is None:
@@ -278,8 +278,14 @@ class DockerSandbox:
             socket.close()
         return said.strip() == b"left 0"
 
-    def _was_oom_killed(self) -> bool:
-        before, self._oom_kills = self._oom_kills, self._host.oom_kills() if self._host else 0
+    async def _was_oom_killed(self, exit_code: int) -> bool:
+        before = self._oom_kills
+        if self._host is not None:
+            self._oom_kills = self._host.oom_kills()
+        elif exit_code == KILLED:
+            count = HeadTail(100)
+            await self._run_script(OOM_KILLS_INSIDE, stdout=count, stderr=HeadTail(0))
+            self._oom_kills = int(count.content() or 0)
         return self._oom_kills > before
 
     def _check_alive(self) -> None:

@@ -166,3 +166,9 @@ for ((tries = 0; tries < 200; tries++)); do
 done
 echo "left $left"
 """
+
+OOM_KILLS_INSIDE = """
+for file in /sys/fs/cgroup/memory.events /sys/fs/cgroup/memory/memory.oom_control; do
+  [ -r "$file" ] && while read -r key value; do [ "$key" = oom_kill ] && echo "$value"; done < "$file"
+done
+"""

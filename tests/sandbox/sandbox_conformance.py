@@ -227,8 +227,8 @@ class Ends:
         with pytest.raises(TimedOut) as caught:
             await run(sandbox, f"{hang}; sleep 905", timeout_s=1)
         assert caught.value.result.stdout == b"on\n"
-        assert await running(sandbox) == []
         assert (await run(sandbox, "echo next")).shell_lost
+        assert await running(sandbox) == []
 
     async def test_what_earlier_commands_left_survives_a_later_hang(self, sandbox: Sandbox):
         await run(sandbox, "sleep 901 & setsid sleep 902 &")
