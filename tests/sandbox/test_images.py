@@ -1,0 +1,158 @@
+"""Images from folders: what is built, how often, and what a failure says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import anyio
+import docker
+import pytest
+
+from errors import DataError, ImageBuildError
+from sandbox.docker_sandbox import DockerSandboxFactory
+from sandbox.images import REPOSITORY, content_hash, context_paths
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PROTEGE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "images"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A build context that no other test or run has."""
+    folder = tmp_path / "context"
+    folder.mkdir()
+    (folder / "Dockerfile").write_text("FROM protege-base\nCOPY . /there\nRUN echo $RANDOM > /number\n")
+    (folder / "unique").write_text(os.urandom(8).hex())
+    return folder
+
+
+def digest(folder: Path) -> str:
+    return content_hash(folder, context_paths(folder), [])
+
+
+def test_every_byte_name_and_mode_counts_and_times_do_not(folder: Path):
+    seen = {digest(folder)}
+    for change in (
+        lambda: (folder / "unique").write_text("other"),
+        lambda: (folder / "unique").chmod(0o755),
+        lambda: (folder / "unique").rename(folder / "renamed"),
+        lambda: (folder / "empty").mkdir(),
+        lambda: (folder / "link").symlink_to("renamed"),
+    ):
+        change()
+        assert digest(folder) not in seen
+        seen.add(digest(folder))
+    os.utime(folder / "renamed", (1, 1))
+    assert digest(folder) in seen
+
+
+def test_what_dockerignore_names_does_not_count(folder: Path):
+    (folder / ".dockerignore").write_text("# why\nsecret*\n!secret2\n")
+    before = digest(folder)
+    (folder / "secret1").write_text("x")
+    assert digest(folder) == before
+    (folder / "secret2").write_text("x")
+    assert digest(folder) != before
+
+
+@pytest.mark.docker
+class TestOnAnEngine:
+    @pytest.fixture(autouse=True)
+    def no_leftovers(self, client: docker.APIClient, image: str) -> Iterator[None]:
+        before = {found["Id"] for found in client.images(REPOSITORY)}
+        yield
+        for found in client.images(REPOSITORY):
+            if found["Id"] not in before:
+                client.remove_image(found["Id"], force=True)
+
+    async def test_an_image_is_built_once_however_many_ask(
+        self, factory: DockerSandboxFactory, folder: Path, cache: Path
+    ):
+        names: set[str] = set()
+
+        async def build(builder: DockerSandboxFactory) -> None:
+            names.add(await builder.build_image(folder, timeout_s=60))
+
+        other = await DockerSandboxFactory.connect()
+        async with anyio.create_task_group() as tasks:
+            for n in range(6):
+                tasks.start_soon(build, [factory, other][n % 2])
+        assert len(names) == 1
+        (log,) = cache.glob("*.log")
+        assert log.read_text().count("Step 3/3") == 1
+        log.unlink()
+        assert {await other.build_image(folder, timeout_s=60)} == names
+        assert not log.exists()
+        sandbox = await factory.create(names.pop())
+        assert b"unique" in (await sandbox.run_command("ls /there", timeout_s=10)).stdout
+
+    async def test_what_dockerignore_names_is_not_inside(self, factory: DockerSandboxFactory, folder: Path):
+        (folder / ".dockerignore").write_text("unique\n")
+        sandbox = await factory.create(await factory.build_image(folder, timeout_s=60))
+        assert b"unique" not in (await sandbox.run_command("ls -a /there", timeout_s=10)).stdout
+
+    async def test_a_failing_build_names_its_step_and_its_log(
+        self, client: docker.APIClient, factory: DockerSandboxFactory, folder: Path
+    ):
+        (folder / "Dockerfile").write_text("FROM protege-base\nRUN true\nRUN echo oh no; exit 3\n")
+        with pytest.raises(ImageBuildError, match=r"step 3/3, RUN echo oh no; exit 3.*code: 3.*log: ") as caught:
+            await factory.build_image(folder, timeout_s=60)
+        log = Path(str(caught.value).partition("log: ")[2].rstrip(")"))
+        assert "oh no\n" in log.read_text()
+        assert [found for found in client.containers(all=True) if "oh no" in found["Command"]] == []
+
+    async def test_a_failure_is_shared_by_who_waited_for_it(self, factory: DockerSandboxFactory, folder: Path):
+        (folder / "Dockerfile").write_text("FROM protege-base\nRUN sleep 1; exit 3\n")
+        errors: list[ImageBuildError] = []
+
+        async def build() -> None:
+            with pytest.raises(ImageBuildError) as caught:
+                await factory.build_image(folder, timeout_s=60)
+            errors.append(caught.value)
+
+        async with anyio.create_task_group() as tasks:
+            for _ in range(4):
+                tasks.start_soon(build)
+        assert len({id(error) for error in errors}) == 1
+
+    @pytest.mark.parametrize("how", ["timeout", "cancelled"])
+    async def test_a_build_that_nobody_waits_for_ends(
+        self, client: docker.APIClient, factory: DockerSandboxFactory, folder: Path, how: str
+    ):
+        mark = os.urandom(4).hex()
+        (folder / "Dockerfile").write_text(f"FROM protege-base\nRUN : {mark}; sleep 300\n")
+        if how == "timeout":
+            with pytest.raises(ImageBuildError, match=r"step 2/2.*longer than 2 s"):
+                await factory.build_image(folder, timeout_s=2)
+        else:
+            with anyio.move_on_after(2) as scope:
+                await factory.build_image(folder, timeout_s=60)
+            assert scope.cancelled_caught
+        with anyio.fail_after(20):
+            while any(mark in found["Command"] for found in client.containers(all=True)):
+                await anyio.sleep(0.2)
+
+    async def test_published_dockerfiles_build_on_local_images(self, folder: Path):
+        factory = await DockerSandboxFactory.connect(substitutes={"ubuntu:24.04": "protege-base"})
+        (folder / "Dockerfile").write_text("FROM ubuntu:24.04\nARG WHO\nRUN echo $WHO > /who\n")
+        image = await factory.build_image(folder, timeout_s=60, args={"WHO": "me"})
+        assert image != await factory.build_image(folder, timeout_s=60, args={"WHO": "you"})
+        sandbox = await factory.create(image)
+        assert await sandbox.read_file("/who") == b"me\n"
+        await sandbox.cleanup()
+        sandbox = await factory.create("ubuntu:24.04")
+        assert (await sandbox.run_command("true", timeout_s=10)).exit_code == 0
+        await sandbox.cleanup()
+
+    async def test_what_is_missing_is_named(self, factory: DockerSandboxFactory, tmp_path: Path):
+        with pytest.raises(ImageBuildError, match="no image localhost:1/nowhere:1"):
+            await factory.create("localhost:1/nowhere:1")
+        with pytest.raises(DataError, match="Dockerfile"):
+            await factory.build_image(tmp_path, timeout_s=10)

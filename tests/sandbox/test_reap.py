@@ -1,0 +1,79 @@
+"""Who owns a sandbox, and when nobody does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sandbox.reap import LEASE_GRACE_S, LEASE_LABEL, OWNER_LABEL, Owner, why_reaped
+
+
+def labels(owner: str, lease_s: float = 3600.0) -> dict[str, str]:
+    return {OWNER_LABEL: owner, LEASE_LABEL: str(int(time.time() + lease_s))}
+
+
+def reason(owner: str, lease_s: float = 3600.0) -> str | None:
+    return why_reaped(labels(owner, lease_s), time.time())
+
+
+@pytest.fixture
+def dead() -> Owner:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    me = Owner.this_process()
+    return Owner(me.boot, me.pid_namespace, process.pid, me.started_ticks)
+
+
+def test_a_label_names_its_owner():
+    me = Owner.this_process()
+    assert Owner.of_label(me.label()) == me
+    assert not me.is_dead()
+
+
+def test_the_living_are_left_alone():
+    assert reason(Owner.this_process().label()) is None
+    parent = Owner.this_process()
+    assert reason(parent.label(), lease_s=-LEASE_GRACE_S / 2) is None
+
+
+def test_the_dead_are_not(dead: Owner):
+    assert f"process {dead.pid}" in (reason(dead.label()) or "")
+
+
+def test_a_zombie_is_dead():
+    process = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+    me = Owner.this_process()
+    stat = Path(f"/proc/{process.pid}/stat").read_text()
+    owner = Owner(me.boot, me.pid_namespace, process.pid, int(stat[stat.rindex(")") + 2 :].split()[19]))
+    assert reason(owner.label()) is None
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert reason(owner.label()) is not None
+    process.communicate()
+
+
+def test_a_process_number_that_was_given_again_is_another_process():
+    me = Owner.this_process()
+    assert reason(Owner(me.boot, me.pid_namespace, me.pid, me.started_ticks - 1).label()) is not None
+
+
+def test_what_another_machine_boot_or_namespace_holds_waits_for_its_lease(dead: Owner):
+    for other in (
+        Owner("another-boot", dead.pid_namespace, dead.pid, dead.started_ticks),
+        Owner(dead.boot, "pid:[1]", dead.pid, dead.started_ticks),
+    ):
+        assert reason(other.label()) is None
+        assert "lease" in (reason(other.label(), lease_s=-LEASE_GRACE_S - 5) or "")
+
+
+def test_an_ended_lease_is_the_end_even_of_a_living_owners():
+    assert "lease" in (reason(Owner.this_process().label(), lease_s=-LEASE_GRACE_S - 5) or "")
+
+
+def test_an_unreadable_owner_waits_for_its_lease():
+    assert reason("what?") is None
