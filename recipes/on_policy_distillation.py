@@ -16,26 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import anyio
 import chz
-from rich.console import Console
-from rich.text import Text
 
 from envs.datasets import Cursor, Dataset
+from envs.rendering import Renderer
 from envs.sources import load_dataset_rows, locate
 from errors import ConfigError, DataError
-from models.checks import probe_scorer, probe_view
-from models.device_thread import compute_blocking
-from models.transformers_sampler import TransformersSampler
 from recipes import setup
 from recipes.cli import run_cli
 from recipes.config import TrainConfig
-from training.evaluation import evaluate
-from training.loop import DatasetPlan, Loop
-from training.progress import Progress
-from training.report import write_report
-from training.run_dir import RunDir, open_run_dir
-from training.trackers import check_trackers, open_trackers
+from recipes.training_run import TrainingRun, print_dry_run, train
+from training.evaluation import EvalSet
+from training.loop import DatasetPlan
+from training.trackers import check_trackers
 
 
 @chz.chz
@@ -122,23 +115,23 @@ def presets(given: dict[str, str]) -> dict[str, Any]:
 
 def main(config: Config) -> None:
     checked = check(config)
-    if config.dry_run:
-        for line in dry_run_lines(config, checked):
-            Console(soft_wrap=True).print(line)
+    run = training_run(config, checked)
+    if not config.dry_run:
+        train(config, run)
         return
-    run_dir = open_run_dir(
-        log_path(config),
-        chz.asdict(config),
-        config.behavior_if_log_dir_exists,
-        may_differ=config.may_differ_on_resume(),
+    data, models = checked.data, checked.models
+    row = data.train[0]
+    teacher = models.teacher_renderer.prompt(row.teacher_messages or row.messages)
+    print_dry_run(
+        config,
+        run,
+        data=[
+            f"{data.name}: {len(data.train)} training rows, {len(data.test)} held out, graded as {data.grader}",
+            f"{config.groups_per_batch} prompts x {config.group_size} attempts a step",
+        ],
+        prompt=models.student_renderer.prompt(row.messages),
+        teacher=f"its prompt has {len(teacher)} tokens" + (" (privileged)" if row.teacher_messages else ""),
     )
-    with run_dir:
-        try:
-            parts = compute_blocking(setup.build_engines, config, checked.models, _resume_folder(run_dir))
-            anyio.run(_run, config, checked, parts, run_dir)
-        except BaseException:
-            run_dir.discard_if_empty()  # an empty folder would only refuse the corrected command
-            raise
 
 
 # --- what is checked before anything is loaded
@@ -173,36 +166,6 @@ def check(config: Config) -> Checked:
     return Checked(data=data, models=models)
 
 
-def dry_run_lines(config: Config, checked: Checked) -> list[str | Text]:
-    """The resolved configuration, the first prompt by mask, the teacher's alignment, and memory."""
-    data, models = checked.data, checked.models
-    row = data.train[0]
-    ids = models.student_renderer.prompt(row.messages)
-    tokens = models.student_renderer.tokenizer.decode(ids)
-    prompt = Text.assemble((tokens, "dim"), (" … what the student samples", "bold green"))
-    teacher = models.teacher_renderer.prompt(row.teacher_messages or row.messages)
-    steps = config.loop(_steps_per_epoch(config, data)).max_steps
-    return [
-        Text("configuration", "bold"),
-        *(
-            Text(f"  {name}={value}")
-            for name, value in chz.beta_to_blueprint_values(config).items()
-            if not isinstance(value, type)
-        ),
-        Text("data", "bold"),
-        Text(f"  {data.name}: {len(data.train)} training rows, {len(data.test)} held out, graded as {data.grader}"),
-        Text(f"  {steps} steps of {config.groups_per_batch} prompts x {config.group_size} attempts"),
-        Text(f"first prompt, {len(ids)} tokens (dim: not trained on, green: trained on)", "bold"),
-        prompt,
-        Text("teachers", "bold"),
-        *(Text(f"  {line}") for line in models.report.lines()),
-        Text(f"  its prompt has {len(teacher)} tokens" + (" (privileged)" if row.teacher_messages else "")),
-        Text("memory", "bold"),
-        *(Text(f"  {line}") for line in setup.memory_lines(config, models)),
-        Text("dry run: no weights were loaded, no run was started", "bold"),
-    ]
-
-
 def log_path(config: Config) -> Path:
     """The run's folder: as given, or named after what is trained, so that the same command finds it again."""
     if config.log_path is not None:
@@ -211,106 +174,32 @@ def log_path(config: Config) -> Path:
     return Path("runs", "on_policy_distillation-" + re.sub(r"[^\w.-]+", "-", name))
 
 
-def _steps_per_epoch(config: Config, data: Dataset) -> int:
-    return -(-len(data.train) // config.groups_per_batch)
+def training_run(config: Config, checked: Checked) -> TrainingRun:
+    data, models, teacher = checked.data, checked.models, config.teacher_model
 
+    def held_out(renderer: Renderer) -> list[EvalSet]:
+        return [setup.eval_set(data, renderer, teacher, config.max_tokens)] if data.test else []
 
-def _resume_folder(run_dir: RunDir) -> Path | None:
-    latest = run_dir.latest_checkpoint() if run_dir.resumed else None
-    run_dir.rewind(latest[0] if latest else -1)
-    return latest[1] if latest else None
-
-
-# --- the run
-
-
-async def _run(config: Config, checked: Checked, parts: setup.Engines, run_dir: RunDir) -> None:
-    data, renderer = checked.data, checked.models.student_renderer
-    await probe_scorer(parts.teacher.scorer, probe_view(checked.models.views))
-    name = config.teacher_model
-    eval_sets = [setup.eval_set(data, renderer, name, config.max_tokens)] if data.test else []
-    loop_config = config.loop(_steps_per_epoch(config, data))
-    with Progress(loop_config.max_steps, str(run_dir.path)) as progress:
-        loop = Loop(
-            config=loop_config,
-            plans=[
-                DatasetPlan(
-                    name=data.name,
-                    cursor=Cursor(data.train, seed=config.seed),
-                    groups_per_batch=config.groups_per_batch,
-                    builder=setup.group_builder(
-                        renderer, data.name, name, group_size=config.group_size, max_tokens=config.max_tokens
-                    ),
-                )
-            ],
-            eval_sets=eval_sets,
-            sampler=parts.sampler,
-            teachers={name: parts.teacher},
-            learner=parts.learner,
-            objective=config.make_objective(),
-            renderer=renderer,
-            run_dir=run_dir,
-            trackers=open_trackers(
-                config.trackers, run_dir.path, chz.asdict(config), wandb_project=config.wandb_project
-            ),
-            progress=progress,
-        )
-        if (latest := run_dir.latest_checkpoint()) is not None:
-            loop.restore(latest[1])
-            progress.message(f"resumed at step {loop.step} from {latest[1]}")
-        if config.eval_teacher and eval_sets and not _has(run_dir, "eval/teacher_accuracy"):
-            await _evaluate_teacher(config, checked, parts, loop)
-        try:
-            await loop.run()
-        finally:
-            loop.trackers.close()
-    write_report(run_dir.path)
-    print_summary(run_dir)
-
-
-async def _evaluate_teacher(config: Config, checked: Checked, parts: setup.Engines, loop: Loop) -> None:
-    """The teacher's own accuracy: what is within the student's reach."""
-    renderer = checked.models.teacher_renderer
-    sampler = TransformersSampler(parts.teacher_lm, renderer.tokenizer, slots=config.sampler_slots)
-    rows = setup.eval_set(checked.data, renderer, config.teacher_model, config.max_tokens)
-    async with sampler:
-        found = await evaluate(rows, sampler, renderer, temperature=config.temperature, samples=0, seed=config.seed)
-    row = {name.replace("eval/", "eval/teacher_"): value for name, value in found.items()}
-    if row:  # rows without an expected answer leave nothing to measure
-        loop.run_dir.append_metrics({"step": loop.step, **row})
-
-
-def _has(run_dir: RunDir, name: str) -> bool:
-    return any(name in row for row in run_dir.read_metrics())
-
-
-def print_summary(run_dir: RunDir) -> None:
-    """Before and after on the held-out rows, and where everything is."""
-    rows = run_dir.read_metrics()
-    evaluations = [row for row in rows if any(name.startswith("eval/") for name in row)]
-    teacher = next((row["eval/teacher_accuracy"] for row in rows if "eval/teacher_accuracy" in row), None)
-    students = [row for row in evaluations if "eval/length" in row]
-    lines = []
-    if students:
-        first, last = students[0], students[-1]
-        for label, key in (
-            ("exact reverse KL per token", "eval/exact_reverse_kl"),
-            ("accuracy, greedy", "eval/accuracy"),
-            ("accuracy, sampled", "eval/sampled_accuracy"),
-        ):
-            if key in first and key in last:
-                error = last[f"{key}_se"]  # None: of one row there is no error
-                extra = f" ± {error:.4f}" if error is not None else ""
-                extra += f"   (teacher: {teacher:.3f})" if key == "eval/accuracy" and teacher is not None else ""
-                lines.append(f"  {label}: {first[key]:.4f} -> {last[key]:.4f}{extra}")
-    if lines:
-        print("held out, before -> after:")
-        print("\n".join(lines))
-    latest = run_dir.latest_checkpoint()
-    print(f"run directory: {run_dir.path}")
-    if latest is not None:
-        print(f"checkpoint:    {latest[1]}  (loads with from_pretrained)")
-    print(f"curves:        open {run_dir.report_path} in a browser; the numbers are in {run_dir.metrics_path.name}")
+    plan = DatasetPlan(
+        name=data.name,
+        cursor=Cursor(data.train, seed=config.seed),
+        groups_per_batch=config.groups_per_batch,
+        builder=setup.group_builder(
+            models.student_renderer,
+            data.name,
+            teacher,
+            group_size=config.group_size,
+            max_tokens=config.max_tokens,
+        ),
+    )
+    return TrainingRun(
+        path=log_path(config),
+        models=models,
+        plans=[plan],
+        eval_sets=held_out(models.student_renderer),
+        teacher_sets=held_out(models.teacher_renderer),
+        steps_per_epoch=-(-len(data.train) // config.groups_per_batch),
+    )
 
 
 if __name__ == "__main__":

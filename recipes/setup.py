@@ -65,8 +65,11 @@ class CheckedModels:
         return ViewMaker(self.student_renderer, self.teacher_renderer)
 
 
-def check_models(config: TrainConfig) -> CheckedModels:
-    """Everything about the models that needs no weights. Raises `UserError`s."""
+def check_models(config: TrainConfig, *, tools: bool = False) -> CheckedModels:
+    """Everything about the models that needs no weights; `tools`: episodes of several turns, with tools.
+
+    Raises `UserError`s.
+    """
     device = default_device(config.device)
     student, adapter = student_source(config)
     teacher = ModelSource(embedded.resolve(config.teacher_model), config.teacher_checkpoint)
@@ -77,7 +80,7 @@ def check_models(config: TrainConfig) -> CheckedModels:
     system_prompt = config.system_prompt if config.teacher_system_prompt is None else config.teacher_system_prompt
     teacher_renderer = renderer_for(teacher, theirs, system_prompt or None)
     for renderer in (student_renderer, teacher_renderer):
-        renderer.check()
+        renderer.check(tools=tools, multi_turn=tools)
     return CheckedModels(
         student=student,
         adapter=adapter,

@@ -27,7 +27,7 @@ from envs import arithmetic
 from envs.datasets import parse_row
 from envs.sources import JSONL_SUFFIXES, locate
 from errors import UserError
-from recipes import embedded, evaluate, on_policy_distillation
+from recipes import embedded, evaluate, on_policy_distillation, training_run
 from recipes.cli import options, parse_config
 from training import loop
 
@@ -131,7 +131,7 @@ def small(cache_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(embedded, "RECIPES", tiny)
     monkeypatch.setattr(embedded, "rows", lambda split: arithmetic.rows(split)[:40])
     monkeypatch.setenv("PROTEGE_CACHE", str(cache_folder))
-    for module in (loop, on_policy_distillation):  # a second each, and tested in test_report.py
+    for module in (loop, training_run):  # a second each, and tested in test_report.py
         monkeypatch.setattr(module, "write_report", lambda path: None)
     monkeypatch.chdir(tmp_path)
 

@@ -24,12 +24,17 @@ from training.objectives import JSD, Objective, ReverseKL
 
 @dataclass(frozen=True)
 class EvalSet:
-    """Held-out rows of one dataset. `builder(row, samples)` makes the attempts at a row."""
+    """Held-out rows of one dataset. `builder(row, samples)` makes the attempts at a row. Without a `grader`
+    the episodes bring their own reward."""
 
     name: str
     rows: Sequence[Row]
-    grader: GraderName
+    grader: GraderName | None
     builder: Callable[[Row, int], EnvGroupBuilder]
+
+    @property
+    def rewarded(self) -> bool:
+        return self.grader is None
 
 
 @dataclass(frozen=True)
@@ -54,10 +59,11 @@ async def evaluate(
 ) -> dict[str, float]:
     """Greedy and sampled attempts at every row, as a flat dict of `eval/…` metrics.
 
-    Accuracy is over rows with an `expected_answer`. Standard errors are over rows: attempts at one row
-    are not independent. Raises `NoSignalError` if every attempt was dropped.
+    Accuracy is over rows with an `expected_answer`; rows that bring a reward are attempted by sampling
+    alone. Standard errors are over rows: attempts at one row are not independent. Raises `NoSignalError` if
+    every attempt was dropped.
     """
-    graded = [row for row in eval_set.rows if row.expected_answer is not None]
+    graded = [row for row in eval_set.rows if row.expected_answer is not None and not eval_set.rewarded]
     timer = StageTimer()
     metrics: dict[str, float] = {}
     if graded:
@@ -77,6 +83,8 @@ async def evaluate(
         )  # fmt: skip
         if graded:
             metrics |= await _accuracy(eval_set, sampled, renderer, "eval/sampled_accuracy")
+        if eval_set.rewarded:
+            metrics |= _reward(sampled)
         metrics |= _shape(sampled, "eval/")
         if judge is not None:
             objective: Objective = JSD(beta=1.0) if exact else ReverseKL()
@@ -100,15 +108,24 @@ async def _accuracy(eval_set: EvalSet, collected: Collected, renderer: Renderer,
     answers = {row.row_id: row.expected_answer for row in eval_set.rows}
     episodes = [e for e in _episodes(collected) if answers[e.row_id] is not None]
 
+    assert eval_set.grader is not None
+    grader = eval_set.grader
+
     def graded() -> list[bool]:
         return [
-            grade(eval_set.grader, renderer.decode(e.token_ids[e.sampled].tolist()), answers[e.row_id] or "")
-            for e in episodes
+            grade(grader, renderer.decode(e.token_ids[e.sampled].tolist()), answers[e.row_id] or "") for e in episodes
         ]
 
     correct = await anyio.to_thread.run_sync(graded)
     mean, error = accuracy_with_error(correct, [e.row_id for e in episodes])
     return {name: mean, f"{name}_se": error}
+
+
+def _reward(collected: Collected) -> dict[str, float]:
+    episodes = _episodes(collected)
+    rewards = [e.reward for e in episodes]
+    mean, error = accuracy_with_error(rewards, [e.row_id for e in episodes])  # type: ignore[arg-type]
+    return {"eval/reward": mean, "eval/reward_se": error}
 
 
 def _shape(collected: Collected, prefix: str) -> dict[str, float]:

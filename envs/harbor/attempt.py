@@ -8,17 +8,19 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import anyio
+from anyio.lowlevel import RunVar
 
 from envs.harbor.processes import Before, look_before
 from envs.harbor.task import HarborTask, Step, resolve_variables
 from envs.harbor.verifier import HOUSEKEEPING_S, Verdict, VerifierError, verify
-from errors import SandboxError
-from sandbox.types import Sandbox, SandboxConfig, SandboxFactory
+from errors import SandboxCommandTimeout, SandboxError
+from sandbox.types import ExecResult, Sandbox, SandboxConfig, SandboxFactory
 
 CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "KILL", "SETGID", "SETUID")
 """What root needs inside to install packages, change owners and act as another user: published tasks do."""
 
 PIDS = 1024
+LONGEST_SOLUTION_S = 3600.0
 DEFAULT_CPUS, DEFAULT_MEMORY_MB = 1.0, 2048
 
 
@@ -30,7 +32,20 @@ class HarborSettings:
     max_output_bytes: int = 16 * 1024  # of each stream of a command, as the student reads it
     network: Literal["task", "none"] = "task"
     agent_timeout_multiplier: float = 1.0
+    max_sandboxes: int = 64  # at once, in this process; further attempts wait
     pass_env: Mapping[str, str] = field(default_factory=dict, repr=False)  # variables of the host, by name
+
+
+_places: RunVar[anyio.CapacityLimiter] = RunVar("harbor_places")  # a limiter is of one event loop
+
+
+def places(count: int) -> anyio.CapacityLimiter:
+    """Where attempts wait for a sandbox. The first to ask says how many there are."""
+    try:
+        return _places.get()
+    except LookupError:
+        _places.set(limiter := anyio.CapacityLimiter(count))
+        return limiter
 
 
 class Attempt:
@@ -48,6 +63,7 @@ class Attempt:
         self.verdicts: list[Verdict] = []
         self._image, self._sandboxes = image, sandboxes
         self._sandbox: Sandbox | None = None
+        self._place: anyio.CapacityLimiter | None = None
         self._before: Before | None = None
         self._workdir = task.workdir
         self._index = -1
@@ -56,14 +72,23 @@ class Attempt:
     # --- life
 
     async def open(self) -> None:
+        """Take a place and make the sandbox. Raises `SandboxError`."""
+        limiter = places(self.settings.max_sandboxes)
+        await limiter.acquire_on_behalf_of(self)
+        self._place = limiter
         self._sandbox = await self._sandboxes.create(self._image, self._config())
 
     async def close(self) -> None:
-        """Remove the sandbox, once. Never raises."""
+        """Remove the sandbox, once, and give the place back. Never raises."""
         sandbox, self._sandbox = self._sandbox, None
-        if sandbox is not None:
-            with anyio.CancelScope(shield=True):
-                await sandbox.cleanup()
+        place, self._place = self._place, None
+        try:
+            if sandbox is not None:
+                with anyio.CancelScope(shield=True):
+                    await sandbox.cleanup()
+        finally:
+            if place is not None:
+                place.release_on_behalf_of(self)
 
     @property
     def sandbox(self) -> Sandbox:
@@ -130,6 +155,22 @@ class Attempt:
             said = result.stderr.decode("utf-8", errors="replace").strip()[-500:]
             raise SandboxError(f"{self.task.task_id}: {doing} failed with status {result.exit_code}: {said}")
         return result.stdout.decode("utf-8", errors="replace")
+
+    async def solve(self) -> ExecResult | None:
+        """Run the step's own solution, as an agent would act: as its user, in its time. None: out of time."""
+        step = self.step
+        assert step.solution is not None, "asked for before the attempt begins"
+        await self.sandbox.upload_dir(step.solution, "/solution")
+        try:
+            return await self.sandbox.run_command(
+                "bash /solution/solve.sh",
+                timeout_s=min(self.seconds_left, LONGEST_SOLUTION_S),
+                user=step.agent_user,
+                workdir=self.task.workdir,
+                env=self._resolved(self.task.solution_env, "solution.env") or None,
+            )
+        except SandboxCommandTimeout:
+            return None
 
     async def grade(self) -> Verdict:
         """Run this step's tests. Raises `VerifierError`."""

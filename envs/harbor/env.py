@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from envs.harbor.attempt import Attempt, HarborSettings
 from envs.harbor.bash_tool import HarborBashTool
-from envs.harbor.images import image_of
+from envs.harbor.sandboxes import image_of
 from envs.harbor.task import HarborTask, Step
 from envs.message_env import AssistantTurn, DeferredEnv, MessageStep, Outcome
 from envs.rendering import Renderer

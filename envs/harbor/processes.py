@@ -50,7 +50,7 @@ lineage() {  # this shell, whose children are spared, and what it was started by
 }
 """
 
-_BEFORE = (
+BEFORE = (
     "("
     + _SCAN
     + r"""
@@ -117,7 +117,7 @@ class Before:
 
 async def look_before(sandbox: Sandbox, users: Sequence[str | None], *, timeout_s: float) -> Before:
     """Must run before the agent's first command: it uses the shells of the task's users, still clean."""
-    found = await _checked(sandbox, _BEFORE, timeout_s, user=users[0])  # before the other shells are there
+    found = await _checked(sandbox, BEFORE, timeout_s, user=users[0])  # before the other shells are there
     numbers = {
         user: (await _checked(sandbox, 'echo "$(id -u):$(id -g)"', timeout_s, user=user)).strip()
         for user in dict.fromkeys(users)

@@ -25,6 +25,7 @@ FOLDER = "/logs/verifier"
 HOUSEKEEPING_S = 60.0
 _MAX_REWARD_BYTES = 64 * 1024
 _LAST_OUTPUT = 2000
+_LARGEST = 1e300  # beyond it, Python's integers are no floats
 
 
 class VerifierError(InfrastructureError):
@@ -157,9 +158,7 @@ def parse_json(content: bytes) -> dict[str, float]:
         raise VerifierError(f"reward.json: expected an object of numbers, got {str(value)[:100]}")
     rewards = {}
     for key, number in value.items():
-        if isinstance(number, bool):
-            number = float(number)
-        if not isinstance(number, int | float) or not math.isfinite(number):
+        if not isinstance(number, int | float) or not abs(number) < _LARGEST:
             raise VerifierError(f"reward.json: {key!r}: expected a finite number, got {str(number)[:100]}")
         rewards[key] = float(number)
     return rewards

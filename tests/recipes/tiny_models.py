@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from models.transformers_sampler import TransformersSampler
-from recipes import on_policy_distillation, setup
+from recipes import on_policy_distillation, setup, training_run
 from recipes.cli import parse_config, run_cli
 from recipes.embedded import char_tokenizer
 from recipes.setup import Engines
@@ -96,7 +96,7 @@ def run(log_path: Path, models: dict[str, str], *, report: bool = False, **optio
 
 @contextlib.contextmanager
 def no_report():
-    with mock.patch.object(loop, "write_report"), mock.patch.object(on_policy_distillation, "write_report"):
+    with mock.patch.object(loop, "write_report"), mock.patch.object(training_run, "write_report"):
         yield
 
 

@@ -149,7 +149,10 @@ def test_network(tmp_path: Path, environment: str, network: bool):
         ("[environment]\ndisk = 3", "environment.disk: unknown key"),
         ("[agent]\ntimeout = 3", "agent.timeout: unknown key"),
         ("surprise = 1", "surprise: unknown key"),
-        ("[verifier]\nnetwork_mode = 'no-network'", "verifier.network_mode=no-network: the verifier has what the agent"),
+        (
+            "[verifier]\nnetwork_mode = 'no-network'",
+            "verifier.network_mode=no-network: the verifier has what the agent",
+        ),
         ("[environment]\ndocker_image = 'x'", "environment/Dockerfile: not built, environment.docker_image wins"),
     ],
 )

@@ -1,0 +1,178 @@
+"""What every training recipe does once its options and data are checked: load, go on or begin, train, sum up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio
+import chz
+from rich.console import Console
+from rich.text import Text
+
+from models.checks import probe_scorer, probe_view
+from models.device_thread import compute_blocking
+from models.transformers_sampler import TransformersSampler
+from recipes import setup
+from recipes.config import TrainConfig
+from training.evaluation import EvalSet, evaluate
+from training.loop import DatasetPlan, Loop
+from training.progress import Progress
+from training.report import write_report
+from training.run_dir import RunDir, open_run_dir
+from training.trackers import open_trackers
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """What a recipe has checked and chosen. `teacher_sets` are the held-out rows in the teacher's own format."""
+
+    path: Path
+    models: setup.CheckedModels
+    plans: Sequence[DatasetPlan]
+    eval_sets: Sequence[EvalSet]
+    teacher_sets: Sequence[EvalSet]
+    steps_per_epoch: int
+
+
+def train(config: TrainConfig, run: TrainingRun) -> None:
+    """The whole run, from the last checkpoint of `run.path` or from the beginning."""
+    run_dir = open_run_dir(
+        run.path,
+        chz.asdict(config),
+        config.behavior_if_log_dir_exists,
+        may_differ=config.may_differ_on_resume(),
+    )
+    with run_dir:
+        try:
+            parts = compute_blocking(setup.build_engines, config, run.models, _resume_folder(run_dir))
+            anyio.run(_train, config, run, parts, run_dir)
+        except BaseException:
+            run_dir.discard_if_empty()  # an empty folder would only refuse the corrected command
+            raise
+
+
+def _resume_folder(run_dir: RunDir) -> Path | None:
+    latest = run_dir.latest_checkpoint() if run_dir.resumed else None
+    run_dir.rewind(latest[0] if latest else -1)
+    return latest[1] if latest else None
+
+
+async def _train(config: TrainConfig, run: TrainingRun, parts: setup.Engines, run_dir: RunDir) -> None:
+    await probe_scorer(parts.teacher.scorer, probe_view(run.models.views))
+    loop_config = config.loop(run.steps_per_epoch)
+    with Progress(loop_config.max_steps, str(run_dir.path)) as progress:
+        loop = Loop(
+            config=loop_config,
+            plans=run.plans,
+            eval_sets=run.eval_sets,
+            sampler=parts.sampler,
+            teachers={config.teacher_model: parts.teacher},
+            learner=parts.learner,
+            objective=config.make_objective(),
+            renderer=run.models.student_renderer,
+            run_dir=run_dir,
+            trackers=open_trackers(
+                config.trackers, run_dir.path, chz.asdict(config), wandb_project=config.wandb_project
+            ),
+            progress=progress,
+        )
+        if (latest := run_dir.latest_checkpoint()) is not None:
+            loop.restore(latest[1])
+            progress.message(f"resumed at step {loop.step} from {latest[1]}")
+        if config.eval_teacher and not _has(run_dir, "eval/teacher_"):
+            await _evaluate_teacher(config, run, parts, loop)
+        try:
+            await loop.run()
+        finally:
+            loop.trackers.close()
+    write_report(run_dir.path)
+    print_summary(run_dir)
+
+
+async def _evaluate_teacher(config: TrainConfig, run: TrainingRun, parts: setup.Engines, loop: Loop) -> None:
+    """The teacher's own accuracy, or reward: what is within the student's reach."""
+    renderer = run.models.teacher_renderer
+    async with TransformersSampler(parts.teacher_lm, renderer.tokenizer, slots=config.sampler_slots) as sampler:
+        for rows in run.teacher_sets:
+            found = await evaluate(
+                rows,
+                sampler,
+                renderer,
+                temperature=config.temperature,
+                samples=config.eval_samples if rows.rewarded else 0,
+                seed=config.seed,
+            )
+            row = {name.replace("eval/", "eval/teacher_"): value for name, value in found.items()}
+            if row:  # rows without an expected answer leave nothing to measure
+                loop.run_dir.append_metrics({"step": loop.step, **row})
+
+
+def _has(run_dir: RunDir, prefix: str) -> bool:
+    return any(name.startswith(prefix) for row in run_dir.read_metrics() for name in row)
+
+
+# --- what is said before and after
+
+
+def print_dry_run(
+    config: TrainConfig, run: TrainingRun, data: Sequence[str], prompt: Sequence[int], teacher: str
+) -> None:
+    """The resolved configuration, the data, the first prompt by mask, the teacher's alignment, and memory."""
+    tokens = run.models.student_renderer.tokenizer.decode(prompt)
+    steps = config.loop(run.steps_per_epoch).max_steps
+    lines: list[str | Text] = [
+        Text("configuration", "bold"),
+        *(
+            Text(f"  {name}={value}")
+            for name, value in chz.beta_to_blueprint_values(config).items()
+            if not isinstance(value, type)
+        ),
+        Text("data", "bold"),
+        *(Text(f"  {line}") for line in data),
+        *(Text(f"  {steps} steps of {plan.groups_per_batch} groups of {plan.name}") for plan in run.plans),
+        Text(f"first prompt, {len(prompt)} tokens (dim: not trained on, green: trained on)", "bold"),
+        Text.assemble((tokens, "dim"), (" … what the student samples", "bold green")),
+        Text("teachers", "bold"),
+        *(Text(f"  {line}") for line in run.models.report.lines()),
+        Text(f"  {teacher}"),
+        Text("memory", "bold"),
+        *(Text(f"  {line}") for line in setup.memory_lines(config, run.models)),
+        Text("dry run: no weights were loaded, no run was started", "bold"),
+    ]
+    for line in lines:
+        Console(soft_wrap=True).print(line)
+
+
+SUMMED_UP = (
+    ("exact reverse KL per token", "eval/exact_reverse_kl"),
+    ("accuracy, greedy", "eval/accuracy"),
+    ("accuracy, sampled", "eval/sampled_accuracy"),
+    ("reward", "eval/reward"),
+)
+
+
+def print_summary(run_dir: RunDir) -> None:
+    """Before and after on the held-out rows, and where everything is."""
+    rows = run_dir.read_metrics()
+    students = [row for row in rows if "eval/length" in row]
+    lines = []
+    if students:
+        first, last = students[0], students[-1]
+        for label, key in SUMMED_UP:
+            if key in first and key in last:
+                error = last[f"{key}_se"]  # None: of one row there is no error
+                extra = f" ± {error:.4f}" if error is not None else ""
+                of_teacher = key.replace("eval/", "eval/teacher_")
+                teacher = next((row[of_teacher] for row in rows if of_teacher in row), None)
+                extra += f"   (teacher: {teacher:.3f})" if teacher is not None else ""
+                lines.append(f"  {label}: {first[key]:.4f} -> {last[key]:.4f}{extra}")
+    if lines:
+        print("held out, before -> after:")
+        print("\n".join(lines))
+    latest = run_dir.latest_checkpoint()
+    print(f"run directory: {run_dir.path}")
+    if latest is not None:
+        print(f"checkpoint:    {latest[1]}  (loads with from_pretrained)")
+    print(f"curves:        open {run_dir.report_path} in a browser; the numbers are in {run_dir.metrics_path.name}")
