@@ -1,0 +1,101 @@
+"""Training on environments that a program defines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models
+
+from envs.datasets import Row
+from envs.rendering import Renderer
+from errors import ConfigError, DataError, TemplateError
+from recipes import training_run
+from recipes.tiny_tool_models import make_models
+from recipes.tool_env import Config, train
+from tool_use import AgentLimits, ToolEnvGroupBuilder, tool
+from training import loop
+from training.run_dir import read_metrics
+
+ROWS = [Row(f"row {n}", ({"role": "user", "content": f"double {n}"},)) for n in range(4)]
+
+
+@tool
+def double(n: int) -> int:
+    """Doubles."""
+    return 2 * n
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    return make_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (loop, training_run):  # a second each
+        monkeypatch.setattr(module, "write_report", lambda path: None)
+
+
+def config(models: tuple[str, str], path: Path, **options: Any) -> Config:
+    given: dict[str, Any] = {
+        "model_name": models[0], "teacher_model": models[1], "name": "doubling", "log_path": str(path / "run"),
+        "groups_per_batch": 2, "max_steps": 2, "learning_rate": 3e-3, "objective": "jsd", "device": "cpu",
+    }  # fmt: skip
+    return Config(**given | options)
+
+
+def grouping(to: str, **changes: Any) -> Any:
+    def make_group(row: Row, renderer: Renderer) -> ToolEnvGroupBuilder:
+        given: dict[str, Any] = {
+            "dataset": "doubling", "row_id": row.row_id, "teacher": to, "messages": row.messages,
+            "renderer": renderer, "make_tools": lambda: [double], "group_size": 2,
+            "limits": AgentLimits(max_turns=2, max_generation_tokens=24, max_trajectory_tokens=400),
+        }  # fmt: skip
+        return ToolEnvGroupBuilder(**given | changes)
+
+    return make_group
+
+
+def test_a_run_trains_and_goes_on_where_it_stopped(models: tuple[str, str], tmp_path: Path):
+    folder = train(config(models, tmp_path), ROWS, grouping(models[1]))
+    steps = [row for row in read_metrics(folder) if "trained_tokens" in row]
+    assert [row["step"] for row in steps] == [1, 2]
+    assert all(1 <= row["env/turns"] <= 2 and row["kl"] > 0 and row["dropped_fraction"] == 0 for row in steps)
+    assert {"env/tool_calls", "env/parse_errors", "env/tool_errors/timeout"} <= steps[0].keys()
+    lines = (folder / "episodes" / "step_000001.jsonl").read_text().splitlines()
+    episodes = [json.loads(line) for line in lines]
+    assert len(episodes) == 4
+    for episode in episodes:
+        taught = [value is not None for value in episode["teacher_logprobs"]]
+        assert taught == episode["sampled"] and "double" in "".join(episode["tokens"])
+    assert steps[0]["trained_tokens"] == sum(sum(episode["sampled"]) for episode in episodes)
+    before = tiny_models.weights(tiny_models.final(folder))
+    train(config(models, tmp_path, max_steps=3), ROWS, grouping(models[1]))
+    assert [row["step"] for row in read_metrics(folder) if "trained_tokens" in row] == [1, 2, 3]
+    after = tiny_models.weights(tiny_models.final(folder))
+    assert any((before[name] != after[name]).any() for name in before)
+    assert np.isfinite([float(w.sum()) for w in after.values()]).all()
+
+
+def test_a_group_for_another_teacher_or_dataset_is_refused(models: tuple[str, str], tmp_path: Path):
+    for changes in ({"teacher": "other"}, {"dataset": "other"}):
+        with pytest.raises(ConfigError, match=r"row 'row 0' has dataset=.*other"):
+            train(config(models, tmp_path), ROWS, grouping(models[1], **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_models_that_cannot_be_shown_tools_are_refused_before_they_are_loaded(tmp_path: Path, models: tuple[str, str]):
+    plain = tiny_models.make_model(tmp_path / "plain", seed=1)
+    with pytest.raises(TemplateError, match="does not show tools"):
+        train(config((plain, plain), tmp_path), ROWS, grouping(plain))
+
+
+def test_no_rows_and_sizes_that_make_no_sense_are_refused(models: tuple[str, str], tmp_path: Path):
+    with pytest.raises(DataError, match="no rows"):
+        train(config(models, tmp_path), [], grouping(models[1]))
+    with pytest.raises((ConfigError, ValueError), match="groups_per_batch=0"):
+        config(models, tmp_path, groups_per_batch=0)
