@@ -33,19 +33,23 @@ async def compute(function: Callable[..., T], *args: object) -> T:
 
 def compute_blocking(function: Callable[..., T], *args: object) -> T:
     """The same, outside an event loop. Ctrl-C interrupts the function itself."""
-    thread_id: list[int] = []
+    running: set[int] = set()  # the device thread, while it is in `function`
+    lock = threading.Lock()
 
     def run() -> T:
-        thread_id.append(threading.get_ident())
-        return function(*args)
+        running.add(threading.get_ident())
+        try:
+            return function(*args)
+        finally:
+            with lock:
+                running.clear()
 
     future = _executor.submit(run)
     try:
         return future.result()
     except KeyboardInterrupt:
-        if not future.cancel() and thread_id:
-            # raised in the thread at its next bytecode: else the process would linger until the function ends
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                ctypes.c_ulong(thread_id[0]), ctypes.py_object(KeyboardInterrupt)
-            )
+        future.cancel()
+        with lock:  # an exception that arrived after `function` had ended would end the thread
+            for thread in running:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(KeyboardInterrupt))
         raise

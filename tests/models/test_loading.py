@@ -181,7 +181,7 @@ def test_an_adapter_loads_merged_continued_and_with_plain_transformers(kind: str
     assert torch.equal(logits(continued), expected)
     assert all(p.requires_grad == ("lora_" in n) for n, p in continued.named_parameters())
     merged = load(base, folder)
-    assert torch.allclose(logits(merged), expected, atol=1e-5)
+    assert torch.allclose(logits(merged), expected, atol=1e-4)
     assert all(p.requires_grad for p in merged.parameters())
     merged.save_pretrained(tmp_path / "merged")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits(merged))
