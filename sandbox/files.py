@@ -56,7 +56,7 @@ async def write_file(run: RunScript, path: str, content: bytes, mode: int, user:
     with tempfile.SpooledTemporaryFile(max_size=2**24) as payload:
         payload.write(content)
         payload.seek(0)
-        write = f"mkdir -p -- {parent} && cat > {name} && chmod {mode & 0o7777:o} -- {name}"
+        write = f"{{ [ -d {parent} ] || mkdir -p -- {parent}; }} && cat > {name} && chmod {mode & 0o7777:o} -- {name}"
         complaint = HeadTail(COMPLAINT_BYTES)
         script = receiving(len(content), write)
         exit_code = await run(script, stdout=complaint, stderr=complaint, payload=payload, user=user)
@@ -95,7 +95,7 @@ async def download_dir(run: RunScript, source: str, target: Path, max_bytes: int
 
 def receiving(size: int, command: str) -> str:
     """`command` with `size` bytes as its input, all of which are taken, however it fails: the next script follows."""
-    return f"head -c {size} | {{ umask 022; {command}; code=$?; cat > /dev/null; exit $code; }}"
+    return f"head -c {size} | {{ umask 022; {command} || {{ code=$?; cat > /dev/null; exit $code; }}; }}"
 
 
 def quoted(path: str) -> str:

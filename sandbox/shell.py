@@ -74,6 +74,8 @@ class Shell:
                         shell.pid = (await engine.process(exec_id)).pid
                     return shell
             said = noise.content().decode(errors="replace").strip() or "it said nothing"
+            if "unable to find user" in said or "no matching entries in passwd" in said:
+                raise SandboxError(f"its image has no user {user}: {said}")
             raise SandboxError(f"no bash answers in the sandbox ({said}): a sandbox needs an image that has bash")
         except BaseException:
             socket.close()
