@@ -1,8 +1,9 @@
-"""What an agent left running, and how it is held still while its work is graded.
+"""What an agent left running, and how it is kept from its work being graded.
 
-A process that was left behind could rewrite the reward at any moment. But a task may ask for a server,
-which must answer the tests. So all that the agent started is stopped, except processes that listen on a
-socket and their children; after the tests these are stopped, too, and only then is the reward read.
+A process that was left behind could rewrite the reward at any moment: everything is ended before the tests
+run, and before the reward is read. Two things make it less simple. A task may ask for a server, which must
+answer the tests: processes that listen on a socket go on, with their children, until the tests have ended.
+And between the steps of a task, what the agent left running is stopped and goes on afterwards.
 
 The scripts below are bash without other programs, and take nothing from /proc but numbers: a process
 can name itself as it likes.
@@ -10,6 +11,7 @@ can name itself as it likes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -89,6 +91,7 @@ _STOP = (
 declare -A keep spare seen
 for key in $KEEP; do keep[$key]=1; done
 for pid in $SPARE; do spare[$pid]=1; done
+above[$FILES]=1
 for round in {1..200}; do
   scan
   lineage
@@ -125,17 +128,23 @@ async def look_before(sandbox: Sandbox, users: Sequence[str | None], *, timeout_
     return Before(found.strip(), numbers)
 
 
-async def stop_leftovers(sandbox: Sandbox, before: Before, *, spare_services: bool, timeout_s: float) -> list[str]:
-    """Stops what the agent left running. Returns the process ids. Raises `SandboxError` if it cannot."""
-    listeners = ""
-    if spare_services:
-        users = dict.fromkeys([ROOT, *before.numbers.values()])  # without ptrace rights, root sees only root's sockets
-        listeners = " ".join([await _checked(sandbox, _LISTENERS, timeout_s, user=user) for user in users])
-    env = {"KEEP": before.processes, "SPARE": listeners}
+async def listeners(sandbox: Sandbox, before: Before, *, timeout_s: float) -> list[str]:
+    """Processes that serve: those that listen on a socket."""
+    users = dict.fromkeys([ROOT, *before.numbers.values()])  # without ptrace rights, root sees only root's sockets
+    found = [await _checked(sandbox, _LISTENERS, timeout_s, user=user) for user in users]
+    return list(dict.fromkeys(" ".join(found).split()))
+
+
+async def stop(sandbox: Sandbox, before: Before, spare: Sequence[str], *, timeout_s: float) -> list[str]:
+    """Stop all that was started since `before`, but for `spare` and what these have started. Returns the
+    process ids. Raises `SandboxError` if it cannot."""
+    status = await sandbox.read_file("/proc/self/status")  # its parent moves our files: it must not stop
+    files = re.search(rb"^PPid:\s*(\d+)$", status, re.MULTILINE)
+    env = {"KEEP": before.processes, "SPARE": " ".join(spare), "FILES": files[1].decode() if files else "1"}
     return (await _checked(sandbox, _STOP, timeout_s, user=ROOT, env=env)).split()
 
 
-async def resume(sandbox: Sandbox, pids: list[str], *, timeout_s: float) -> None:
+async def resume(sandbox: Sandbox, pids: Sequence[str], *, timeout_s: float) -> None:
     if pids:
         await sandbox.run_command(f"kill -CONT {' '.join(pids)}", timeout_s=timeout_s, user=ROOT)
 

@@ -1,7 +1,7 @@
 """Grading a step of a Harbor task: its own tests, in the agent's sandbox, after the agent has ended.
 
-The tests are uploaded only now, over nothing that the agent left; everything that it left running is
-stopped first (`envs/harbor/processes.py`), and the tests run in a shell that it has never used.
+The tests are uploaded only now, over nothing that the agent left; what it left running is ended first
+(`envs/harbor/processes.py`), and the tests run in a shell that it has never used.
 
 A reward above 0 counts only if `test.sh` also ended with status 0. What keeps us from knowing a reward
 (no reward file, one that cannot be read, tests that do not end, a sandbox that dies) is a `VerifierError`:
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from envs.harbor import processes
@@ -42,7 +42,7 @@ class Verdict:
     rewards: Mapping[str, float]
     exit_code: int
     overruled: bool  # the file said more than 0, but test.sh failed
-    stopped_processes: int  # that the agent had left running
+    services: int  # processes of the agent that listened, and were left running for the tests
     duration_s: float
     output: str  # the end of what the tests printed
 
@@ -50,7 +50,7 @@ class Verdict:
         return {
             "verifier_s": self.duration_s,
             "verifier_overruled": float(self.overruled),
-            "left_running": float(self.stopped_processes),
+            "services": float(self.services),
         } | {f"reward/{key}": value for key, value in self.rewards.items() if key != "reward"}
 
 
@@ -60,17 +60,20 @@ async def verify(
     """Grade what the agent did. `env` is the resolved environment of the tests; unless `last`, what the
     agent left running goes on afterwards. Raises `VerifierError`."""
     try:
-        stopped = await processes.stop_leftovers(sandbox, before, spare_services=True, timeout_s=HOUSEKEEPING_S)
+        services = await processes.listeners(sandbox, before, timeout_s=HOUSEKEEPING_S)
+        stopped = await _quieten(sandbox, before, services, last=last)
         await _upload(sandbox, grading, before)
         result = await _run_tests(sandbox, grading, before, env=env, workdir=workdir)
-        also = await processes.stop_leftovers(sandbox, before, spare_services=False, timeout_s=HOUSEKEEPING_S)
+        stopped += await _quieten(sandbox, before, [], last=last)
         rewards = await read_rewards(sandbox)
         output = await _output(sandbox)
         if not last:
-            await _checked(sandbox, "rm -rf /tests /logs/verifier", "clearing away the tests")
-            await processes.resume(sandbox, [*stopped, *also], timeout_s=HOUSEKEEPING_S)
+            await _checked(sandbox, f"rm -rf /tests {FOLDER}", "clearing away the tests")
+            await processes.resume(sandbox, stopped, timeout_s=HOUSEKEEPING_S)
     except SandboxError as error:
         raise VerifierError(f"the verifier's sandbox failed: {error}") from error
+    except OSError as error:
+        raise VerifierError(f"the sandbox did not take the tests: {error}") from error
     if rewards is None:
         raise VerifierError(
             f"test.sh ended with status {result.exit_code} and wrote neither reward.json nor reward.txt. "
@@ -83,10 +86,21 @@ async def verify(
         rewards=rewards,
         exit_code=result.exit_code,
         overruled=overruled,
-        stopped_processes=len(stopped),
+        services=len(services),
         duration_s=result.duration_s,
         output=output[-_LAST_OUTPUT:],
     )
+
+
+async def _quieten(sandbox: Sandbox, before: Before, services: Sequence[str], *, last: bool) -> list[str]:
+    """Nothing of the agent's runs any longer, but for `services`. Returns what is to go on, if not the `last`."""
+    if not last:
+        return await processes.stop(sandbox, before, services, timeout_s=HOUSEKEEPING_S)
+    if services:
+        await processes.stop(sandbox, before, services, timeout_s=HOUSEKEEPING_S)
+    else:
+        await sandbox.end_processes()
+    return []
 
 
 async def _upload(sandbox: Sandbox, grading: Grading, before: Before) -> None:
@@ -142,7 +156,7 @@ async def read_rewards(sandbox: Sandbox) -> dict[str, float] | None:
             content = await sandbox.read_file(f"{FOLDER}/{name}", max_bytes=_MAX_REWARD_BYTES)
         except FileNotFoundError:
             continue
-        except (IsADirectoryError, PermissionError) as error:
+        except OSError as error:  # a folder, a pipe, larger than any reward
             raise VerifierError(f"{name} cannot be read: {error}") from error
         return parse(content)
     return None

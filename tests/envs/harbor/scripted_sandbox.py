@@ -47,6 +47,7 @@ class ScriptedSandbox:
     events: list[str] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     removed: bool = False
+    services: str = ""  # pids that listen
     leftovers: str = ""  # pids that the stopping script finds
     id: str = "scripted"
 
@@ -81,10 +82,11 @@ class ScriptedSandbox:
         if "id -u" in command:
             return result({None: "0:0", "agent": "1000:1000"}.get(user, "5:5") + "\n")
         if "kill -STOP" in command:
-            self.events.append("stopped, but services" if call.env["SPARE"] else "stopped")
+            assert call.env["FILES"] == "41"
+            self.events.append(f"stopped, but {call.env['SPARE']}" if call.env["SPARE"] else "stopped")
             return result(self.leftovers)
         if "/proc/net/tcp" in command:
-            return result("77 ")
+            return result(self.services)
         if command.startswith("kill -CONT"):
             self.events.append(command)
             return result()
@@ -95,6 +97,8 @@ class ScriptedSandbox:
 
     async def read_file(self, path: str, *, max_bytes: int | None = None) -> bytes:
         self.check()
+        if path == "/proc/self/status":
+            return b"Name:\thead\nPPid:\t41\n"
         if path not in self.files:
             raise FileNotFoundError(path)
         self.events.append(f"read {path}")
@@ -108,8 +112,12 @@ class ScriptedSandbox:
         self.events.append(f"uploaded {source.name} to {target}")
         self.files |= {f"{target}/{p.relative_to(source)}": p.read_bytes() for p in source.rglob("*") if p.is_file()}
 
-    async def download_dir(self, source: str, target: Path, *, max_bytes: int | None = None) -> None:
+    async def download_dir(self, source: str, target: Path, *, max_bytes: int | None = None) -> tuple[str, ...]:
         raise AssertionError("nothing here downloads")
+
+    async def end_processes(self) -> None:
+        self.check()
+        self.events.append("ended")
 
     async def cleanup(self) -> None:
         await anyio.lowlevel.checkpoint()  # raises if a cancellation reaches in here

@@ -31,7 +31,7 @@ async def graded(sandbox: ScriptedSandbox, folder: Path, *, last: bool = True, *
     return await verify(sandbox, grading, before, env={"KEY": "value"}, workdir="/app", last=last)
 
 
-async def test_tests_are_uploaded_over_nothing_and_run_after_everything_was_stopped(tests_folder: Path):
+async def test_tests_are_uploaded_over_nothing_and_run_after_everything_was_ended(tests_folder: Path):
     sandbox = ScriptedSandbox(files={"/tests/test.sh": b"forged", "/tests/conftest.py": b"forged", REWARD: b"1"})
 
     def tests(sandbox: ScriptedSandbox, call: Call) -> ExecResult:
@@ -44,11 +44,11 @@ async def test_tests_are_uploaded_over_nothing_and_run_after_everything_was_stop
     verdict = await graded(sandbox, tests_folder, user="grader")
     assert (verdict.reward, verdict.rewards, verdict.overruled) == (0.5, {"reward": 0.5}, False)
     assert sandbox.events == [
-        "stopped, but services",
+        "ended",
         "wiped",
         "uploaded tests to /tests",
         "tests as 12:13",
-        "stopped",
+        "ended",
         f"read {REWARD}",
     ]
     assert {call.user for call in sandbox.calls if "test.sh >" not in call.command} <= {ROOT, "12:13"}
@@ -105,10 +105,18 @@ async def test_a_sandbox_that_dies_is_an_error_and_no_reward(tests_folder: Path)
         await graded(ScriptedSandbox(tests=tests), tests_folder)
 
 
+async def test_what_listens_goes_on_until_the_tests_have_ended(tests_folder: Path):
+    sandbox = ScriptedSandbox(services="77 ")
+    verdict = await graded(sandbox, tests_folder)
+    assert verdict.metrics()["services"] == 1
+    order = [event for event in sandbox.events if event.startswith(("stopped", "ended", "tests"))]
+    assert order == ["stopped, but 77", "tests as 0:0", "ended"]
+
+
 async def test_between_steps_the_tests_go_away_and_what_ran_goes_on(tests_folder: Path):
     sandbox = ScriptedSandbox(leftovers="31 32")
     verdict = await graded(sandbox, tests_folder, last=False)
-    assert verdict.stopped_processes == 2
+    assert verdict.reward == 1.0 and "ended" not in sandbox.events
     assert sandbox.events[-2:] == ["wiped", "kill -CONT 31 32 31 32"]
     assert not any(path.startswith(("/tests", "/logs/verifier")) for path in sandbox.files)
 
