@@ -35,7 +35,7 @@ class Config:
     trl_python: str | None = chz.field(default=None, doc="an interpreter that has trl")
     batch_size: int = chz.field(default=8, doc="prompts per optimizer step")
     micro_batch_size: int = chz.field(default=8, doc="TRL's sequences per forward")
-    micro_batch_tokens: int = chz.field(default=256, doc="Protege's tokens per forward")
+    micro_batch_tokens: int = chz.field(default=128, doc="Protege's tokens per forward")
     max_tokens: int = chz.field(default=64, doc="longest answer")
     steps: int = chz.field(default=4, doc="the first is not counted")
     objectives: tuple[str, ...] = chz.field(default=("jsd", "reverse_kl"), doc="Protege's objectives to measure")

@@ -122,7 +122,7 @@ class TrainConfig:
         doc="of the computation; auto: bfloat16 on CUDA, else float32. Full fine-tuning keeps float32 weights",
     )
     micro_batch_tokens: int | None = chz.field(
-        default=None, doc="tokens of one forward and backward pass; default 256 on a CPU, 8192 on CUDA"
+        default=None, doc="tokens of one forward and backward pass; default 128 on a CPU, 8192 on CUDA"
     )
     activation_checkpointing: bool = chz.field(default=False, doc="recompute activations: less memory, slower")
     attn_implementation: str = chz.field(
@@ -206,8 +206,8 @@ class TrainConfig:
         return getattr(torch, self.dtype)
 
     def token_budget(self, device: torch.device) -> int:
-        """Activations take about 1 MiB a token on a small model: on a CPU, small passes cost little speed."""
-        return self.micro_batch_tokens or (8192 if device.type == "cuda" else 256)
+        """Activations take more than 1 MiB a token on a small model: on a CPU, small passes cost little speed."""
+        return self.micro_batch_tokens or (8192 if device.type == "cuda" else 128)
 
     def template_kwargs(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The student's and the teacher's `chat_template_kwargs`, parsed. Raises `ConfigError`."""

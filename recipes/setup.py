@@ -221,7 +221,7 @@ def assemble(config: TrainConfig, models: CheckedModels, student: CausalLM, teac
         config.teacher_model,
         teacher,
         temperature=temperature,
-        token_budget=config.token_budget(models.device),
+        token_budget=4 * config.token_budget(models.device),  # nothing is kept for a backward pass
     )
     learner = Learner(
         student,
