@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 MB = 2**20
 SHM_MB = 64
+NO_BASH = "a container of image {image} ends as soon as it starts: a sandbox needs an image that has bash"
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Container:
 
     id: str
     name: str
+    image: str
     init_pid: int
     lifeline: Lifeline
 
@@ -98,15 +100,19 @@ def start_container(client: docker.APIClient, options: dict[str, Any], abandoned
         try:
             client.start(container)
             init_pid = client.inspect_container(container)["State"]["Pid"]
-        except BaseException as error:
+        except docker.errors.NotFound as error:  # it has ended and is removed
             lifeline.close()
-            if isinstance(error, docker.errors.APIError) and '"bash"' in str(error):
-                raise SandboxError(f"image {image} has no bash, which a sandbox needs: {error.explanation}") from error
+            raise SandboxError(NO_BASH.format(image=image)) from error
+        except BaseException:
+            lifeline.close()
             raise
+    if init_pid == 0:
+        lifeline.close()
+        raise SandboxError(NO_BASH.format(image=image))
     if abandoned.is_set():
         lifeline.close()
         raise SandboxError(f"nobody waits for sandbox {name} any longer")
-    return Container(container, name, init_pid, lifeline)
+    return Container(container, name, image, init_pid, lifeline)
 
 
 class MissingImage(Exception):

@@ -22,11 +22,12 @@ from anyio import CancelScope, to_thread
 
 from errors import SandboxError
 from sandbox import files
-from sandbox.container import Container, MissingImage, container_options, start_container
+from sandbox.container import NO_BASH, Container, MissingImage, container_options, start_container
 from sandbox.docker_engine import Engine, Process
 from sandbox.dockerfile import substitute
 from sandbox.images import PULL_TIMEOUT_S, Images
 from sandbox.processes import END_INSIDE, OOM_KILLS_INSIDE, ContainerProcess, HostView, host_view, now_ticks
+from sandbox.reap import reap
 from sandbox.shell import MARK, Ended, Report, Shell
 from sandbox.shell_stream import HeadTail, Sink
 from sandbox.types import ExecResult, SandboxConfig, TimedOut
@@ -64,6 +65,8 @@ class DockerSandbox:
         self._lost: set[ShellKey] = set()  # shells that have ended since their last command
         self._gone: str | None = None  # why nothing works any longer
         self._commands = 0
+        self._answered = False  # some shell has
+        self._no_bash = NO_BASH.format(image=container.image)
 
     @property
     def id(self) -> str:
@@ -95,9 +98,9 @@ class DockerSandbox:
     async def _run(
         self, command: str, mark: str, key: ShellKey, timeout_s: float, limit: int, options: dict[str, Any]
     ) -> ExecResult:
+        stdout, stderr = HeadTail(limit), HeadTail(limit)
         while True:
             shell = await self._shell(key)
-            stdout, stderr = HeadTail(limit), HeadTail(limit)
             started = time.monotonic()
             work = shell.run(command, stdout=stdout, stderr=stderr, mark=mark, **options)
             outcome = await self._supervise(work, key, shell, mark, timeout_s)
@@ -164,8 +167,10 @@ class DockerSandbox:
                 shell = await Shell.open(self._engine, self._host, self._container, key.user, mark)
             except SandboxError as error:
                 if not await self._engine.is_running(self._container):
-                    await self._give_up("its container has ended")
+                    await self._give_up("its container has ended" if self._answered else self._no_bash)
                 raise SandboxError(f"sandbox {self._name}: {error}") from error
+            self._answered = True
+            self._host = shell.host
             self._shells[key] = shell
         return shell
 
@@ -326,9 +331,12 @@ class DockerSandboxFactory:
     ) -> DockerSandboxFactory:
         """`run` names the owner in labels; `substitutes` name local images to take instead of others.
 
-        Raises `SandboxUnavailableError` if no engine answers.
+        Removes first what dead owners left. Raises `SandboxUnavailableError` if no engine answers.
         """
-        return cls(await Engine.connect(), run, substitutes)
+        engine = await Engine.connect()
+        for reaped in await engine.call("removing what dead runs left", reap, engine.client):
+            log.info("removed %s: %s", reaped.name, reaped.reason)
+        return cls(engine, run, substitutes)
 
     async def create(self, image: str, config: SandboxConfig | None = None) -> DockerSandbox:
         config = config or SandboxConfig()

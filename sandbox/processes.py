@@ -63,6 +63,10 @@ class HostView:
     def lives(self, pid: int) -> bool:
         return pid > 0 and self._look(pid) is not None
 
+    def shows(self, pid: int, mark: str) -> bool:
+        """Whether a process that must be there is there."""
+        return (process := self._look(pid)) is not None and process.mark == mark
+
     def kill(self, pid: int) -> None:
         """SIGKILL, unless the number has passed on to another process."""
         with contextlib.suppress(OSError):

@@ -22,6 +22,7 @@ from errors import SandboxError
 from sandbox.docker_engine import Engine
 from sandbox.processes import MARK, HostView
 from sandbox.shell_stream import READ_BYTES, STDERR, ExecSocket, HeadTail, Sink, Splitter
+from sandbox.types import check_variable
 
 BASH = ["bash", "--norc", "--noprofile"]
 SHELL_ENV = {"BASH_ENV": ""}  # a file named there would be run first
@@ -55,7 +56,7 @@ class Shell:
         self.pid = 0  # on the engine's machine
         self.mark = mark  # in the environment of the shell itself
         self._engine = engine
-        self._host = host
+        self.host = host
         self._socket = socket
         self._pending: list[tuple[int, bytes]] = []  # came after the last report: from children left behind
 
@@ -72,6 +73,8 @@ class Shell:
                 if isinstance(outcome, Report):
                     while shell.pid == 0:  # the engine starts a program first and notes its number then
                         shell.pid = (await engine.process(exec_id)).pid
+                    if host is not None and not host.shows(shell.pid, mark):
+                        shell.host = None  # a runtime with a kernel of its own: what we see is not what is inside
                     return shell
             said = noise.content().decode(errors="replace").strip() or "it said nothing"
             if "unable to find user" in said or "no matching entries in passwd" in said:
@@ -82,8 +85,8 @@ class Shell:
             raise
 
     async def lives(self) -> bool:
-        if self._host is not None and self.pid:
-            return self._host.lives(self.pid)
+        if self.host is not None and self.pid:
+            return self.host.lives(self.pid)
         return (await self._engine.process(self.exec_id)).running
 
     async def run(
@@ -171,6 +174,8 @@ def line(
     """What is sent to bash for one command. See the module's first lines."""
     halves = f"{token[:16]} {token[16:]}"
     source = "0</dev/null" if stdin is None else f"0< <(\\builtin printf %b {shlex.quote(escaped(stdin))})"
+    for name in env or {}:
+        check_variable(name)  # it stands there as it is
     values = "".join(f"{name}={shlex.quote(value)} " for name, value in (env or {}).items())
     run = f"{values}\\command eval {shlex.quote(command)}"
     if workdir is not None:

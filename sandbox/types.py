@@ -6,12 +6,13 @@ itself did, a non-zero exit included, is an `ExecResult`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
-from errors import SandboxCommandTimeout
+from errors import ConfigError, SandboxCommandTimeout
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,25 @@ class SandboxConfig:
     runtime: str | None = None  # the engine's runtime, as "runsc"
     max_output_bytes: int = 64 * 1024  # of each of stdout and stderr
     lease_s: float = 6 * 3600.0  # the sandbox ends itself after this, whoever forgets it
+
+    def __post_init__(self) -> None:
+        tmpfs_mb = sum(self.tmpfs_mb.values())
+        if 2 * tmpfs_mb > self.memory_mb:  # it counts as memory: a full one would leave none to run anything in
+            raise ConfigError(
+                f"tmpfs_mb={dict(self.tmpfs_mb)} is {tmpfs_mb} MB of memory_mb={self.memory_mb}: expected at most half;"
+                " raise memory_mb or lower tmpfs_mb"
+            )
+        for path in (*self.tmpfs_mb, *self.mounts, *self.mounts.values(), *([self.workdir] if self.workdir else [])):
+            if not path.startswith("/"):
+                raise ConfigError(f"a sandbox's folders are absolute paths, got {path!r}")
+        for name in self.env:
+            check_variable(name)
+
+
+def check_variable(name: str) -> None:
+    """Raises `ConfigError` unless `name` can be an environment variable's."""
+    if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+        raise ConfigError(f"{name!r} cannot be the name of an environment variable: letters, digits and _ only")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""inspect_ai's own checks of a sandbox, run on `DockerSandbox` through a thin adapter. Needs `pip install inspect_ai`."""
+"""inspect_ai's own checks of a sandbox, run on `DockerSandbox` through a thin adapter. Needs inspect_ai installed."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from sandbox.types import Sandbox, SandboxConfig, TimedOut
 
 inspect_ai = pytest.importorskip("inspect_ai", reason="inspect_ai is not installed")
 
-from inspect_ai.util import (  # noqa: E402
+from inspect_ai.util import (  # noqa: E402  # pyright: ignore[reportMissingImports]
     ExecResult,
     OutputLimitExceededError,
     SandboxEnvironment,
     SandboxEnvironmentLimits,
     SandboxUserUnsupportedError,
 )
-from inspect_ai.util._sandbox.self_check import *  # noqa: E402, F403
+from inspect_ai.util._sandbox.self_check import *  # noqa: E402, F403  # pyright: ignore[reportMissingImports]
 
 pytestmark = [pytest.mark.anyio, pytest.mark.docker]
 
