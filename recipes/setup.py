@@ -76,7 +76,7 @@ def check_models(config: TrainConfig, *, tools: bool = False) -> CheckedModels:
     for source in (student, teacher):
         check_source(source)
     ours, theirs = config.template_kwargs()
-    student_renderer = renderer_for(student, ours, config.system_prompt)
+    student_renderer = renderer_for(student, ours, config.system_prompt or None)
     system_prompt = config.system_prompt if config.teacher_system_prompt is None else config.teacher_system_prompt
     teacher_renderer = renderer_for(teacher, theirs, system_prompt or None)
     for renderer in (student_renderer, teacher_renderer):
