@@ -28,6 +28,11 @@ pytestmark = [pytest.mark.anyio, pytest.mark.docker]
 ROOT = Path(__file__).parents[2]
 SMALL = SandboxConfig(memory_mb=256, pids=64)
 
+KILL_KEEPER = """
+for p in /proc/[0-9]*; do [[ $(tr '\\0' ' ' < $p/cmdline) == "bash -p"* ]] && kill -9 ${p#/proc/}; done
+sleep 5
+"""
+
 OWNER = """
 import sys, anyio
 from sandbox.docker_sandbox import DockerSandboxFactory
@@ -67,7 +72,7 @@ async def test_a_container_that_dies_is_our_failure_and_not_the_commands(
         elif kill == "remove":
             await anyio.to_thread.run_sync(partial(client.remove_container, sandbox.id, force=True))
         else:
-            await sandbox.run_command("kill -9 7 6 5 2; sleep 5", timeout_s=8)  # the keeper
+            await sandbox.run_command(KILL_KEEPER, timeout_s=8)
 
     async with anyio.create_task_group() as tasks:
         if busy and kill != "from inside":
