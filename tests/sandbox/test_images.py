@@ -113,14 +113,15 @@ class TestOnAnEngine:
         errors: list[ImageBuildError] = []
 
         async def build() -> None:
-            with pytest.raises(ImageBuildError) as caught:
+            try:
                 await factory.build_image(folder, timeout_s=60)
-            errors.append(caught.value)
+            except ImageBuildError as error:
+                errors.append(error)
 
         async with anyio.create_task_group() as tasks:
             for _ in range(4):
                 tasks.start_soon(build)
-        assert len({id(error) for error in errors}) == 1
+        assert len(errors) == 4 and len({id(error) for error in errors}) == 1
 
     @pytest.mark.parametrize("how", ["timeout", "cancelled"])
     async def test_a_build_that_nobody_waits_for_ends(
