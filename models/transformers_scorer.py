@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from errors import TeacherError
 from models.causal_lm import CausalLM
 from models.device_thread import compute
-from models.types import Signal, SignalKind, TeacherView
+from models.types import Signal, SignalKind, SignalSpec, TeacherTopK, TeacherView
 
 HEAD_ELEMENTS = 1 << 23  # logits held at a time: 32 MiB in float32
 
@@ -32,7 +32,7 @@ class TransformersScorer:
         self._lm = lm
         self._budget = token_budget
 
-    async def score(self, views: Sequence[TeacherView], need: SignalKind) -> list[Signal]:
+    async def score(self, views: Sequence[TeacherView], need: SignalSpec) -> list[Signal]:
         """One signal per view, in order. Raises `TeacherError`."""
         try:
             return await compute(self._score, views, need)
@@ -44,7 +44,7 @@ class TransformersScorer:
         return self._lm.logits(hidden.to(self._lm.device)) / self.temperature
 
     @torch.no_grad()
-    def _score(self, views: Sequence[TeacherView], need: SignalKind) -> list[Signal]:
+    def _score(self, views: Sequence[TeacherView], need: SignalSpec) -> list[Signal]:
         signals: list[Signal] = []
         for view in views:
             if int(view.token_ids.max()) >= self._lm.vocab_size:
@@ -59,16 +59,29 @@ class TransformersScorer:
                 offset += len(view.token_ids)
         return signals
 
-    def _signal(self, hidden: Float[Tensor, "n h"], view: TeacherView, need: SignalKind) -> Signal:
+    def _signal(self, hidden: Float[Tensor, "n h"], view: TeacherView, need: SignalSpec) -> Signal:
         if need is SignalKind.FULL:
             return Signal(hidden=hidden.cpu(), head=self.head, swap=view.swap)  # a whole batch is too much for a GPU
         ids = torch.from_numpy(view.token_ids[view.positions]).long().to(hidden.device)
         chunk = max(1, HEAD_ELEMENTS // self._lm.vocab_size)
-        pieces = []
+        k = min(need.k, self._lm.vocab_size) if isinstance(need, TeacherTopK) else 0
+        logprobs, topk_ids, topk_logprobs = [], [], []
         for h, x in zip(hidden.split(chunk), ids.split(chunk), strict=True):
             logits = self.head(h)  # [chunk, v]
-            pieces.append(logits.gather(1, x[:, None])[:, 0] - logits.logsumexp(-1))
-        return Signal(logprobs=torch.cat(pieces).cpu(), swap=view.swap)
+            lse = logits.logsumexp(-1, keepdim=True)
+            logprobs.append((logits.gather(1, x[:, None]) - lse)[:, 0].cpu())
+            if k:
+                values, indices = logits.topk(k)  # [chunk, k]
+                topk_ids.append(indices.cpu())
+                topk_logprobs.append((values - lse).cpu())
+        if not k:
+            return Signal(logprobs=torch.cat(logprobs), swap=view.swap)
+        return Signal(
+            logprobs=torch.cat(logprobs),
+            topk_ids=_exchanged(torch.cat(topk_ids), view.swap),
+            topk_logprobs=torch.cat(topk_logprobs),
+            swap=view.swap,
+        )
 
     def _packs(self, views: Sequence[TeacherView]) -> Iterator[list[TeacherView]]:
         pack: list[TeacherView] = []
@@ -81,3 +94,11 @@ class TransformersScorer:
             tokens += len(view.token_ids)
         if pack:
             yield pack
+
+
+def _exchanged(ids: Int[Tensor, "n k"], swap: tuple[int, int] | None) -> Int[Tensor, "n k"]:
+    """The teacher's ids as the student's: the two end-of-turn tokens trade places."""
+    if swap is None:
+        return ids
+    a, b = swap
+    return torch.where(ids == a, b, torch.where(ids == b, a, ids))

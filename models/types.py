@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from envs.types import Sampled, SamplingParams
@@ -21,6 +21,23 @@ class SignalKind(StrEnum):
     NONE = "none"  # no teacher at all
     SAMPLED = "sampled"  # the log-probability of the sampled token
     FULL = "full"  # the whole distribution, as final hidden states plus the teacher's head
+
+
+@dataclass(frozen=True)
+class TeacherTopK:
+    """Need of the teacher's `k` likeliest tokens at every sampled token, and of the sampled token's logprob.
+
+    A vocabulary of fewer than `k` tokens is taken whole."""
+
+    k: int
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"top_k={self.k}: expected 1 or more")
+
+
+SignalSpec = SignalKind | TeacherTopK
+"""What an objective needs of a teacher: kinds that need no number, or the top k."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +71,13 @@ class Head(Protocol):
 class Signal:
     """A teacher's answer for one episode, aligned with the view's `student_positions` (length n).
 
-    Kind SAMPLED has `logprobs`, kind FULL has `hidden` and `head`.
+    Kind SAMPLED has `logprobs`, kind FULL has `hidden` and `head`, a top-k signal has `logprobs`, `topk_ids`
+    and `topk_logprobs`: ids as the student uses them, logprobs of the teacher's whole distribution.
     """
 
     logprobs: Float[Tensor, " n"] | None = None  # of the sampled tokens, float32 on the CPU
+    topk_ids: Int[Tensor, "n k"] | None = None  # int64 on the CPU, likeliest first, no id twice in a row
+    topk_logprobs: Float[Tensor, "n k"] | None = None  # float32 on the CPU; -inf: no token, whatever its id
     hidden: Float[Tensor, "n h"] | None = None  # the teacher's final hidden states
     head: Head | None = None
     swap: tuple[int, int] | None = None  # columns of the head to exchange, see `TeacherView.swap`
@@ -68,6 +88,18 @@ class Signal:
         values = self.logprobs if self.logprobs is not None else self.hidden
         if values is None or not torch.isfinite(values).all():
             raise ValueError("a teacher's value is missing or not finite")
+        self._check_topk()
+
+    def _check_topk(self) -> None:
+        ids, logprobs = self.topk_ids, self.topk_logprobs
+        if ids is None and logprobs is None:
+            return
+        if ids is None or logprobs is None or self.logprobs is None:
+            raise ValueError("a top-k signal has ids, their logprobs, and the sampled tokens' logprobs")
+        if ids.ndim != 2 or ids.shape != logprobs.shape or len(ids) != len(self.logprobs):
+            raise ValueError(f"top-k ids {tuple(ids.shape)}, logprobs {tuple(logprobs.shape)}: unlike each other")
+        if torch.isnan(logprobs).any() or (logprobs > 1e-4).any():
+            raise ValueError("a teacher's top-k logprob is missing or above 0")
 
 
 class Sampler(Protocol):
@@ -99,4 +131,4 @@ class Scorer(Protocol):
     name: str
     temperature: float
 
-    async def score(self, views: Sequence[TeacherView], need: SignalKind) -> list[Signal]: ...
+    async def score(self, views: Sequence[TeacherView], need: SignalSpec) -> list[Signal]: ...

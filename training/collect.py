@@ -18,7 +18,7 @@ from envs.rollout import derive_seed, run_group
 from envs.types import EnvGroupBuilder, Episode, EpisodeGroup
 from errors import TeacherError
 from models.teacher_view import ViewMaker
-from models.types import Sampler, Scorer, Signal, SignalKind, TeacherView
+from models.types import Sampler, Scorer, Signal, SignalKind, SignalSpec, TeacherView
 from training.metrics import StageTimer
 from training.packing import TrainingItem
 
@@ -55,7 +55,7 @@ async def collect(
     builders: Sequence[EnvGroupBuilder],
     sampler: Sampler,
     teachers: Mapping[str, Teacher],
-    need: SignalKind,
+    need: SignalSpec,
     *,
     temperature: float,
     seed: int,
@@ -94,7 +94,7 @@ async def collect(
 class _Scoring:
     """Collects views per teacher and hands them over in batches."""
 
-    def __init__(self, teachers: Mapping[str, Teacher], need: SignalKind, timer: StageTimer) -> None:
+    def __init__(self, teachers: Mapping[str, Teacher], need: SignalSpec, timer: StageTimer) -> None:
         self.signals: dict[int, Signal] = {}  # by id() of the episode
         self.dropped: Counter[str] = Counter()
         self.causes: dict[str, str] = {}

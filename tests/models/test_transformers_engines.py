@@ -22,7 +22,7 @@ from models.causal_lm import CausalLM
 from models.generation import PaddedStepper
 from models.transformers_sampler import TransformersSampler, draw
 from models.transformers_scorer import TransformersScorer
-from models.types import SignalKind, TeacherView
+from models.types import Signal, SignalKind, TeacherTopK, TeacherView
 
 LETTERS = tiny.letters()
 
@@ -321,6 +321,64 @@ async def test_a_full_signal_is_the_whole_distribution(architecture: str, temper
         plain = tiny.plain_logits(model, view.token_ids.tolist())[view.positions - 1] / temperature
         got = signal.head(signal.hidden).log_softmax(-1)
         torch.testing.assert_close(got, plain.log_softmax(-1), atol=1e-4, rtol=0)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("temperature", [1.0, 1.5])
+@pytest.mark.parametrize("swap", [None, (3, 9)])
+async def test_a_top_k_signal_is_the_head_of_the_whole_distribution(temperature: float, swap: tuple[int, int] | None):
+    model = tiny.model()
+    scorer = TransformersScorer("t", CausalLM.verified(model), temperature=temperature, token_budget=9)
+    rng = np.random.default_rng(0)
+    views = [
+        TeacherView(rng.integers(1, tiny.VOCAB, size=n), np.arange(n // 2, n), np.arange(n // 2, n), swap)
+        for n in (7, 12, 3)
+    ]
+    sampled = await scorer.score(views, SignalKind.SAMPLED)
+    seen = set()
+    for view, signal, alone in zip(views, await scorer.score(views, TeacherTopK(4)), sampled, strict=True):
+        plain = tiny.plain_logits(model, view.token_ids.tolist())[view.positions - 1] / temperature
+        expected = plain.log_softmax(-1).topk(4)
+        trade = {} if swap is None else {swap[0]: swap[1], swap[1]: swap[0]}
+        assert signal.topk_ids is not None and signal.topk_logprobs is not None
+        assert signal.topk_ids.tolist() == [[trade.get(i, i) for i in row] for row in expected.indices.tolist()]
+        seen.update(expected.indices.flatten().tolist())
+        torch.testing.assert_close(signal.topk_logprobs, expected.values, atol=1e-4, rtol=0)
+        torch.testing.assert_close(signal.logprobs, alone.logprobs)
+    assert len(seen) > 4  # the rows differ
+
+
+@pytest.mark.anyio
+async def test_top_k_of_a_smaller_vocabulary_is_all_of_it(monkeypatch: pytest.MonkeyPatch):
+    scorer = TransformersScorer("t", CausalLM.verified(tiny.model()))
+    view = TeacherView(np.arange(1, 20), np.arange(1, 19), np.arange(1, 19))
+    (whole,) = await scorer.score([view], TeacherTopK(10 * tiny.VOCAB))
+    assert whole.topk_logprobs is not None and whole.topk_ids is not None
+    assert whole.topk_ids.shape == (18, tiny.VOCAB)
+    torch.testing.assert_close(whole.topk_logprobs.exp().sum(-1), torch.ones(18))
+    monkeypatch.setattr("models.transformers_scorer.HEAD_ELEMENTS", 5 * tiny.VOCAB)
+    (chunked,) = await scorer.score([view], TeacherTopK(10 * tiny.VOCAB))
+    torch.testing.assert_close(whole.topk_logprobs, chunked.topk_logprobs)
+
+
+@pytest.mark.parametrize(
+    ("ids", "logprobs"),
+    [
+        (None, [[-1.0]] * 2),
+        ([[1]] * 2, None),
+        ([[1]], [[-1.0]]),
+        ([[1]] * 2, [[-1.0, -2.0]] * 2),
+        ([[1]] * 2, [[-1.0], [float("nan")]]),
+        ([[1]] * 2, [[-1.0], [0.5]]),
+    ],
+)
+def test_a_broken_top_k_signal_is_refused(ids: list | None, logprobs: list | None):
+    with pytest.raises(ValueError, match="top-k"):
+        Signal(
+            logprobs=torch.tensor([-1.0, -2.0]),
+            topk_ids=None if ids is None else torch.tensor(ids),
+            topk_logprobs=None if logprobs is None else torch.tensor(logprobs),
+        )
 
 
 @pytest.mark.anyio
