@@ -75,7 +75,7 @@ def check_models(config: TrainConfig, *, tools: bool = False) -> CheckedModels:
     teacher = ModelSource(embedded.resolve(config.teacher_model), config.teacher_checkpoint)
     for source in (student, teacher):
         check_source(source)
-    ours, theirs = config.template_kwargs()
+    ours, theirs = config.student_template_kwargs(), config.teacher_template_kwargs()
     student_renderer = renderer_for(student, ours, config.system_prompt or None)
     system_prompt = config.system_prompt if config.teacher_system_prompt is None else config.teacher_system_prompt
     teacher_renderer = renderer_for(teacher, theirs, system_prompt or None)
