@@ -17,9 +17,10 @@ from errors import NoSignalError
 from models.device_thread import compute
 from models.types import Sampler, SignalKind
 from training.collect import Collected, Teacher, collect
+from training.distribution_losses import JSD
 from training.learner import ItemMetrics, Learner
 from training.metrics import StageTimer
-from training.objectives import JSD, Objective, ReverseKL
+from training.objectives import Objective, ReverseKL
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ chunk of logits exists; then the collected gradient goes back through the trunk.
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,17 +16,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from errors import CheckpointError, ProtegeError
 from models.causal_lm import CausalLM
-from models.types import Head, Signal, SignalKind
+from models.types import Head, Signal, SignalKind, SignalSpec, TeacherTopK
 from training.objectives import Objective, TokenBatch, token_logprobs
 from training.packing import PackedBatch, TrainingItem, pack, token_weights
 from training.weight_gradients import accumulated_in_place
 
-HEAD_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 27}  # logits of one chunk: 32 or 512 MiB in float32
+HEAD_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 25}  # logits of one chunk: 32 or 128 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ class Learner:
         whole = self._token_batch(batch, slice(0, len(batch.ids)), SignalKind.SAMPLED, 0, cut.device)
         return objective.advantages(torch.cat(logprobs), whole, batch.counts)
 
-    def _chunks(self, batch: PackedBatch, need: SignalKind) -> Iterator[slice]:
+    def _chunks(self, batch: PackedBatch, need: SignalSpec) -> Iterator[slice]:
         """Slices of the trained tokens; no slice of kind FULL spans two teachers' heads."""
         size = max(1, self.head_elements // self.lm.vocab_size)
         start = 0
@@ -180,13 +182,21 @@ class Learner:
             start = stop
 
     def _token_batch(
-        self, batch: PackedBatch, span: slice, need: SignalKind, vocab_size: int, device: torch.device
+        self, batch: PackedBatch, span: slice, need: SignalSpec, vocab_size: int, device: torch.device
     ) -> TokenBatch:
         tokens = TokenBatch(batch.ids[span].to(device), batch.sampler_logprobs[span].to(device))
         if need is SignalKind.SAMPLED:
             return replace(tokens, teacher_logprobs=_teacher_logprobs(batch)[span].to(device))
         if need is SignalKind.FULL:
             return replace(tokens, teacher_logits=_teacher_logits(batch, span, vocab_size))
+        if isinstance(need, TeacherTopK):
+            ids, logprobs = _teacher_topk(batch, span, need.k, vocab_size)
+            return replace(
+                tokens,
+                teacher_logprobs=_teacher_logprobs(batch)[span].to(device),
+                topk_ids=ids.to(device),
+                topk_logprobs=logprobs.to(device),
+            )
         return tokens
 
 
@@ -204,6 +214,24 @@ def _teacher_logprobs(batch: PackedBatch) -> Float[Tensor, " n"]:
             raise ValueError(f"episode {item.episode.row_id}: the signal has not one logprob per sampled token")
         values.append(logprobs)
     return torch.cat(values)
+
+
+def _teacher_topk(
+    batch: PackedBatch, span: slice, k: int, vocab_size: int
+) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"]]:
+    """The k likeliest of each token, fewer where no teacher gave so many. What the student does not have is no token:
+    its mass stays in the teacher's logprobs of the others, which are of the whole distribution."""
+    ids, logprobs = [], []
+    for item in batch.items:
+        signal = _signal(item)
+        if signal.topk_ids is None or signal.topk_logprobs is None:
+            raise ValueError(f"episode {item.episode.row_id}: the signal has no top k")
+        missing = max(0, k - signal.topk_ids.shape[1])  # a teacher of a smaller vocabulary, or one that kept fewer
+        ids.append(F.pad(signal.topk_ids[:, :k], (0, missing)))
+        logprobs.append(F.pad(signal.topk_logprobs[:, :k], (0, missing), value=-math.inf))
+    chosen, values = torch.cat(ids)[span], torch.cat(logprobs)[span]
+    absent = ~torch.isfinite(values) | (chosen >= vocab_size)
+    return chosen.masked_fill(absent, 0), values.masked_fill(absent, -math.inf)
 
 
 @torch.no_grad()
@@ -227,7 +255,7 @@ def _teacher_logits(batch: PackedBatch, span: slice, vocab_size: int) -> Float[T
     return logits
 
 
-def _run_ends(batch: PackedBatch, need: SignalKind) -> list[int]:
+def _run_ends(batch: PackedBatch, need: SignalSpec) -> list[int]:
     """Ends of the runs of trained tokens that share a teacher's head."""
     ends: list[int] = []
     previous: tuple[Head | None, tuple[int, int] | None] | None = None

@@ -1,4 +1,5 @@
-"""What a student is trained to do: pure losses over tensors, one class per objective.
+"""What a student is trained to do: pure losses over tensors, one class per objective. The losses over whole
+distributions are in `distribution_losses.py`.
 
 Formulas, signs and reductions: `docs/formulas.md`. Logits come in already divided by the common
 temperature; every tensor is aligned over n trained tokens. A loss is per token: the learner weighs it,
@@ -8,7 +9,6 @@ so no objective knows about batches, packing or ranks.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -18,17 +18,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from errors import ConfigError
-from models.types import SignalKind
+from models.types import SignalKind, SignalSpec
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Streams over n trained tokens. `teacher_logits` is there for objectives that need kind FULL."""
+    """Streams over n trained tokens. Of the teacher's there are those that the objective's `need` asks for."""
 
     ids: Int[Tensor, " n"]
     sampler_logprobs: Float[Tensor, " n"]
     teacher_logprobs: Float[Tensor, " n"] | None = None
     teacher_logits: Float[Tensor, "n v"] | None = None
+    topk_ids: Int[Tensor, "n k"] | None = None  # ids that the student has
+    topk_logprobs: Float[Tensor, "n k"] | None = None  # of the teacher; -inf: no token there
     advantages: Float[Tensor, " n"] | None = None  # given by `Objective.advantages`, if it looks ahead
 
 
@@ -40,7 +42,7 @@ class LossOutput:
 
 class Objective(Protocol):
     @property
-    def need(self) -> SignalKind: ...
+    def need(self) -> SignalSpec: ...
 
     @property
     def looks_ahead(self) -> bool:
@@ -54,26 +56,31 @@ class Objective(Protocol):
     ) -> Float[Tensor, " n"]: ...
 
 
-class _TokenLogprobs(torch.autograd.Function):
+class _ChosenLogprobs(torch.autograd.Function):
     """log softmax(logits)[ids] whose backward makes one `[n, v]` tensor instead of three."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, ids: Tensor) -> Tensor:
-        lse = logits.logsumexp(-1)
+        lse = logits.logsumexp(-1, keepdim=True)
         ctx.save_for_backward(logits, ids, lse)
-        return logits.gather(1, ids[:, None])[:, 0] - lse
+        return logits.gather(1, ids) - lse
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         logits, ids, lse = ctx.saved_tensors
-        out = (logits - lse[:, None]).exp_().mul_(-grad[:, None])
-        out.scatter_add_(1, ids[:, None], grad[:, None])
+        out = (logits - lse).exp_().mul_(-grad.sum(-1, keepdim=True))
+        out.scatter_add_(1, ids, grad)
         return out, None
+
+
+def chosen_logprobs(logits: Float[Tensor, "n v"], ids: Int[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+    """Log-probabilities of several `ids` a row under softmax(logits)."""
+    return _ChosenLogprobs.apply(logits, ids)  # type: ignore[return-value]
 
 
 def token_logprobs(logits: Float[Tensor, "n v"], ids: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
     """Log-probability of `ids` under softmax(logits)."""
-    return _TokenLogprobs.apply(logits, ids)  # type: ignore[return-value]
+    return chosen_logprobs(logits, ids[:, None])[:, 0]
 
 
 def discounted_sums(values: Float[Tensor, " n"], lengths: Sequence[int], discount: float) -> Float[Tensor, " n"]:
@@ -187,86 +194,6 @@ def ratio_metrics(
     log_ratio = (logprobs - sampler_logprobs).clamp(-20.0, 20.0)
     ratio = log_ratio.exp()
     return {"ratio": ratio, "ratio_truncated": (ratio > is_cap).float(), "mismatch_kl": ratio - 1 - log_ratio}
-
-
-@dataclass(frozen=True)
-class JSD:
-    """Generalised Jensen-Shannon divergence over the full vocabulary (SEMANTICS section 3; Agarwal et al.
-    2023, equation 1): `beta=0` is KL(teacher || student), `beta=1` KL(student || teacher)."""
-
-    beta: float = 1.0
-    need: SignalKind = field(default=SignalKind.FULL, init=False)
-    looks_ahead: bool = field(default=False, init=False)
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.beta <= 1:
-            raise ConfigError(f"beta={self.beta}: expected a number from 0 to 1")
-        if 0 < self.beta < 0.05 or 0.95 < self.beta < 1:
-            warnings.warn(
-                f"beta={self.beta}: near 0 and 1 the divergence tends to 0, not to the KL at the endpoint; "
-                "use beta=0 or beta=1 for these",
-                stacklevel=3,
-            )
-
-    def advantages(self, logprobs, batch, lengths):
-        raise NotImplementedError("a distribution loss has no advantages")
-
-    def loss(self, logits, batch):
-        assert batch.teacher_logits is not None
-        if self.beta == 1:
-            loss, live, judged = _ExactReverseKL.apply(logits, batch.teacher_logits, batch.ids)  # type: ignore[misc]
-        else:
-            student = logits.log_softmax(-1)  # [n, v]
-            teacher = batch.teacher_logits.log_softmax(-1)
-            loss = divergence(student, teacher, self.beta)
-            live = student.detach().gather(1, batch.ids[:, None])[:, 0]
-            judged = teacher.gather(1, batch.ids[:, None])[:, 0]
-        metrics = {
-            "kl": live - judged,
-            "teacher_logprob": judged,
-            **ratio_metrics(live, batch.sampler_logprobs, math.inf),
-        }
-        if self.beta == 1:
-            metrics["exact_kl"] = loss.detach()
-        return LossOutput(loss, metrics)
-
-
-def divergence(student: Float[Tensor, "n v"], teacher: Float[Tensor, "n v"], beta: float) -> Float[Tensor, " n"]:
-    """JSD_beta of log-probabilities, natural logs, no temperature factor."""
-    if beta == 1:
-        return (student.exp() * (student - teacher)).sum(-1)
-    if beta == 0:
-        return (teacher.exp() * (teacher - student)).sum(-1)
-    mixture = torch.logaddexp(student + math.log1p(-beta), teacher + math.log(beta))
-    to_teacher = (teacher.exp() * (teacher - mixture)).sum(-1)
-    to_student = (student.exp() * (student - mixture)).sum(-1)
-    return beta * to_teacher + (1 - beta) * to_student
-
-
-class _ExactReverseKL(torch.autograd.Function):
-    """`divergence(…, beta=1)` of two sets of logits, and both logprobs of `ids`, with two `[n, v]` tensors of its own.
-
-    The gradient of KL(s || t) in the student's logits is s * (log s - log t - KL): it is made in the forward pass, in
-    place, so that nothing else need be kept for the backward pass.
-    """
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, teacher_logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        student = logits.log_softmax(-1)  # [n, v]
-        teacher = teacher_logits.log_softmax(-1)
-        live, judged = (x.gather(1, ids[:, None])[:, 0] for x in (student, teacher))
-        gap = torch.sub(student, teacher, out=teacher)
-        probabilities = student.exp_()
-        weighted = gap.mul_(probabilities)
-        kl = weighted.sum(-1)
-        ctx.save_for_backward(weighted.addcmul_(probabilities, kl[:, None], value=-1))
-        ctx.mark_non_differentiable(live, judged)
-        return kl, live, judged
-
-    @staticmethod
-    def backward(ctx, grad: Tensor, *_: Tensor):  # type: ignore[override]
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad[:, None], None, None
 
 
 @dataclass(frozen=True)

@@ -74,11 +74,44 @@ def reverse_kl(
 def jsd(logits: Tensor, teacher_logits: Tensor, beta: float) -> Tensor:
     shared = min(logits.shape[1], teacher_logits.shape[1])
     s, t = probabilities(logits[:, :shared]), probabilities(teacher_logits[:, :shared])
+    return between(s, t, beta)
+
+
+def between(s: Tensor, t: Tensor, beta: float) -> Tensor:
+    """JSD_beta of rows of probabilities."""
     if beta in (0, 1):
         from_, to = (t, s) if beta == 0 else (s, t)
         return (from_ * torch.log(from_ / to)).sum(-1)
     m = (1 - beta) * s + beta * t
     return beta * (t * torch.log(t / m)).sum(-1) + (1 - beta) * (s * torch.log(s / m)).sum(-1)
+
+
+def likeliest(logits: Tensor, k: int) -> list[list[int]]:
+    """Per row, the ids of the k largest, by sorting."""
+    return [sorted(range(len(row)), key=lambda i, row=row: -row[i])[:k] for row in logits.tolist()]
+
+
+def jsd_on(logits: Tensor, teacher_logits: Tensor, supports: list[list[int]], beta: float, tail: str) -> Tensor:
+    """Over each row's own ids, with one more outcome for the rest or renormalised; 0 for a row without ids."""
+    s, t = probabilities(logits), probabilities(teacher_logits)
+    out = []
+    for i, ids in enumerate(supports):
+        mine, theirs = s[i][ids], t[i][ids]
+        if tail == "bucket":
+            mine, theirs = (torch.cat([p, 1 - p.sum(-1, keepdim=True)]) for p in (mine, theirs))
+        else:
+            mine, theirs = mine / mine.sum(), theirs / theirs.sum()
+        out.append(between(mine, theirs, beta) if ids else 0 * s[i].sum())
+    return torch.stack(out)
+
+
+def topk_forward_kl(logits: Tensor, teacher_logits: Tensor, supports: list[list[int]]) -> Tensor:
+    s, t = probabilities(logits), probabilities(teacher_logits)
+    out = []
+    for i, ids in enumerate(supports):
+        w = t[i][ids] / t[i][ids].sum() if ids else t[i][ids]
+        out.append(0 * s[i].sum() - (w * torch.log(s[i][ids])).sum())
+    return torch.stack(out)
 
 
 def cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:

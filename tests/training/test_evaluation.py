@@ -20,9 +20,10 @@ from envs.types import Sampled, SamplingParams
 from errors import NoSignalError, SamplerError
 from models.types import SignalKind
 from recipes.embedded import char_tokenizer
+from training.distribution_losses import JSD
 from training.evaluation import EvalSet, Judge, evaluate
 from training.learner import ItemMetrics
-from training.objectives import JSD, ReverseKL
+from training.objectives import ReverseKL
 
 RENDERER = make_renderer(char_tokenizer())
 END = RENDERER.end_of_turn_id

@@ -24,9 +24,10 @@ from models import attention
 from models.causal_lm import CausalLM
 from models.transformers_sampler import draw
 from models.transformers_scorer import TransformersScorer
-from models.types import Signal, SignalKind, TeacherView
+from models.types import Signal, SignalKind, SignalSpec, TeacherTopK, TeacherView
+from training.distribution_losses import JSD, TopKForwardKL
 from training.learner import ItemMetrics, Learner, OptimizerConfig
-from training.objectives import JSD, SFT, Objective, ReverseKL
+from training.objectives import SFT, Objective, ReverseKL
 from training.packing import TrainingItem
 
 VOCAB = 50
@@ -171,6 +172,11 @@ def full_item(episode: Episode, teacher, head, swap=None) -> TrainingItem:
     return TrainingItem(episode, Signal(hidden=states[rows], head=head, swap=swap))
 
 
+def with_topk(item: TrainingItem, ids: Tensor, logprobs: Tensor) -> TrainingItem:
+    assert item.signal is not None
+    return replace(item, signal=replace(item.signal, topk_ids=ids, topk_logprobs=logprobs.float()))
+
+
 # Log-ratios of student to sampler on both sides of every bound: 0.8, 1.2, 4 and 5.
 LOG_RATIOS = [0.05, -0.6, 0.4, 1.5, 2.0, -0.1]
 
@@ -191,7 +197,7 @@ class Case:
     teacher: Any
     episodes: list[Episode]
 
-    def items(self, need: SignalKind) -> list[TrainingItem]:
+    def items(self, need: SignalSpec) -> list[TrainingItem]:
         if need is SignalKind.NONE:
             return [TrainingItem(episode, None) for episode in self.episodes]
         if need is SignalKind.FULL:
@@ -199,7 +205,11 @@ class Case:
         out = []
         for episode in self.episodes:
             rows = references.probabilities(teacher_logits_of(self.teacher, episode))
-            out.append(sampled_item(episode, torch.log(references.of_ids(rows, sampled_ids(episode)))))
+            item = sampled_item(episode, torch.log(references.of_ids(rows, sampled_ids(episode))))
+            if isinstance(need, TeacherTopK):
+                ids = torch.tensor(references.likeliest(rows, need.k))
+                item = with_topk(item, ids, torch.log(rows.gather(1, ids)))
+            out.append(item)
         return out
 
 
@@ -219,8 +229,8 @@ def case() -> Case:
 def plain_loss(objective: Objective, teacher=None) -> PlainLoss:
     if isinstance(objective, SFT):
         return lambda logits, item: references.cross_entropy(logits, sampled_ids(item.episode))
-    if isinstance(objective, JSD):
-        return lambda logits, item: references.jsd(logits, teacher_logits_of(teacher, item.episode), objective.beta)
+    if isinstance(objective, JSD | TopKForwardKL):
+        return lambda logits, item: plain_distribution_loss(objective, logits, item.episode, teacher)
     assert isinstance(objective, ReverseKL)
     low, high = {"ppo": (0.8, 1.2), "cispo": (0.0, 4.0)}.get(objective.variant, (0.0, math.inf))
 
@@ -243,13 +253,29 @@ def plain_loss(objective: Objective, teacher=None) -> PlainLoss:
     return reverse_kl
 
 
+def plain_distribution_loss(objective: JSD | TopKForwardKL, logits, episode: Episode, teacher) -> Tensor:
+    judge = teacher_logits_of(teacher, episode)
+    if isinstance(objective, TopKForwardKL):
+        return references.topk_forward_kl(logits, judge, references.likeliest(judge, objective.top_k))
+    if objective.support == "full":
+        return references.jsd(logits, judge, objective.beta)
+    support = [[int(x)] for x in sampled_ids(episode)]
+    if objective.top_k is not None:
+        support = references.likeliest(judge if objective.support == "teacher_topk" else logits, objective.top_k)
+    return references.jsd_on(logits, judge, support, objective.beta, objective.tail or "bucket")
+
+
 OBJECTIVES = [
     *[ReverseKL(variant=v, discount=d) for v in ("importance_sampling", "ppo", "cispo") for d in (0.0, 0.5)],
     ReverseKL(signal_policy="sampler", discount=0.5),
     *[JSD(beta=b) for b in (0.0, 0.5, 1.0)],
+    JSD(beta=0.5, support="teacher_topk", top_k=4),
+    JSD(beta=0.0, support="student_topk", top_k=4, tail="renormalise"),
+    JSD(beta=1.0, support="sampled"),
+    TopKForwardKL(4),
     SFT(),
 ]
-EACH_KIND = [ReverseKL(discount=0.5), JSD(beta=0.5), SFT()]
+EACH_KIND = [ReverseKL(discount=0.5), JSD(beta=0.5), JSD(beta=0.3, support="teacher_topk", top_k=3), SFT()]
 
 
 # --- fused = plain
@@ -502,6 +528,43 @@ def test_every_token_is_compared_with_its_own_teacher(vocabularies):
         assert torch.equal(asked.sum(1).sort().values, owned.sum(1).sort().values)
 
 
+@pytest.mark.parametrize("objective", [JSD(beta=0.5, support="teacher_topk", top_k=4), TopKForwardKL(4)], ids=str)
+def test_tokens_that_only_the_teacher_has_are_left_out_of_its_top_k(objective):
+    """A teacher of 53 tokens, a student of 47. The mass of the other six is in the bucket, or renormalised away."""
+    student, teacher = make_model(0, vocab=47), make_teacher(1, vocab=53)
+    generator = np.random.default_rng(1)
+    episodes = [random_episode(generator, 47, turns=1 + k % 2) for k in range(4)]
+    items, supports = [], {}
+    for episode in episodes:
+        rows = references.probabilities(teacher_logits_of(teacher, episode))
+        ids = torch.tensor(references.likeliest(rows, 4))
+        item = sampled_item(episode, torch.log(references.of_ids(rows, sampled_ids(episode))))
+        items.append(with_topk(item, ids, torch.log(rows.gather(1, ids))))
+        supports[id(episode)] = [[i for i in row if i < 47] for row in ids.tolist()]
+    left_out = [4 - len(row) for rows in supports.values() for row in rows]
+    assert 0 in left_out and max(left_out) > 0  # the case has both
+
+    def plain(logits, item):
+        judge, ids = teacher_logits_of(teacher, item.episode), supports[id(item.episode)]
+        if isinstance(objective, JSD):
+            return references.jsd_on(logits, judge, ids, objective.beta, "bucket")
+        return references.topk_forward_kl(logits, judge, ids)
+
+    ours, _ = learner_gradients(student, items, objective, head_elements=3 * 47)
+    assert_same(ours, plain_gradients(student, items, plain))
+
+
+def test_a_top_k_longer_than_needed_is_cut_and_a_shorter_one_is_all_there_is(case):
+    five, three = (case.items(TeacherTopK(k)) for k in (5, 3))
+    expected, _ = learner_gradients(case.model, three, TopKForwardKL(3))
+    assert_same(learner_gradients(case.model, five, TopKForwardKL(3))[0], expected)
+    assert_same(learner_gradients(case.model, three, TopKForwardKL(5))[0], expected)
+    mixed = [*five[:3], *three[3:]]  # unlike teachers in one pack
+    assert_same(learner_gradients(case.model, mixed, TopKForwardKL(3), token_budget=10_000)[0], expected)
+    with pytest.raises(ValueError, match="has no top k"):
+        learner_gradients(case.model, case.items(SignalKind.SAMPLED), TopKForwardKL(3))
+
+
 def test_swapped_columns_exchange_two_ids_of_the_teacher_only(case):
     """Student's end of turn is 2, the teacher's 7. One episode has the swap, its neighbours do not."""
     items = case.items(SignalKind.FULL)
@@ -544,7 +607,7 @@ def test_temperature_divides_the_students_logits_once(case, objective):
     at_one = plain_loss(objective, case.teacher)
 
     def plain(logits, item):
-        if isinstance(objective, JSD):
+        if isinstance(objective, JSD) and objective.support == "full":
             return references.jsd(logits, teacher_logits_of(case.teacher, item.episode, temperature), objective.beta)
         return at_one(logits, item)
 
