@@ -15,6 +15,7 @@ import sys
 import sysconfig
 import tarfile
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -57,6 +58,7 @@ TEXTS = {
     "etc/group": "root:x:0:\nuser:x:1000:\nnogroup:x:65534:\n",
     "etc/nsswitch.conf": "hosts: files dns\n",
 }
+ONE_AT_A_TIME = threading.Lock()  # many tasks ask at once
 SETTINGS = ["ENV PATH=/usr/bin", "ENV LANG=C.UTF-8", "WORKDIR /app", 'CMD ["bash"]']
 
 
@@ -121,7 +123,7 @@ def ensure_base_image() -> str:
 
     Raises `SandboxUnavailableError` and `ImageBuildError`.
     """
-    with connect() as client:
+    with ONE_AT_A_TIME, connect() as client:
         try:
             client.inspect_image(NAME)
         except docker.errors.ImageNotFound:

@@ -118,6 +118,7 @@ class Engine:
         """Raises `SandboxUnavailableError`."""
         engine = cls(await to_thread.run_sync(connect))
         engine.cores = int((await engine.call("asking the engine about itself", engine.client.info))["NCPU"])
+        engine.starts.total_tokens = STARTS_PER_CORE * engine.cores
         return engine
 
     async def in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

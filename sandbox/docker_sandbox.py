@@ -38,7 +38,8 @@ FILE_TIMEOUT_S = 600.0
 END_TIMEOUT_S = 10.0  # for proving a command dead; after this its sandbox is given up
 SYNTAX_ERROR = 2
 KILLED = 137
-DEFAULT_SHM_MB = 64
+SHELL_TRIES = 3
+OUR_ENV = {"LC_ALL": "C"}  # for our own scripts, whose complaints are read
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class DockerSandbox:
         self, command: str, mark: str, key: ShellKey, timeout_s: float, limit: int, options: dict[str, Any]
     ) -> ExecResult:
         stdout, stderr = HeadTail(limit), HeadTail(limit)
-        while True:
+        for _ in range(SHELL_TRIES):
             shell = await self._shell(key)
             started = time.monotonic()
             work = shell.run(command, stdout=stdout, stderr=stderr, mark=mark, **options)
@@ -126,6 +127,8 @@ class DockerSandbox:
             if isinstance(outcome, Report):
                 self._lost.discard(key)
             return result
+        await self._give_up("something inside ends every shell that is started")
+        raise AssertionError("not reached")
 
     # --- files
 
@@ -164,7 +167,9 @@ class DockerSandbox:
         if (shell := self._shells.get(key)) is None:
             mark = f"{self._name}-shell{secrets.token_hex(3)}"
             try:
-                shell = await Shell.open(self._engine, self._host, self._container, key.user, mark)
+                shell = await Shell.open(
+                    self._engine, self._host, self._container, key.user, mark, OUR_ENV if key.ours else {}
+                )
             except SandboxError as error:
                 if not await self._engine.is_running(self._container):
                     await self._give_up("its container has ended" if self._answered else self._no_bash)

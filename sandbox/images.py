@@ -37,7 +37,7 @@ REPOSITORY = "protege-image"
 FORMAT = "1"  # raise it when the same folder would be built otherwise
 PULL_TIMEOUT_S = 1800.0
 LOCK_POLL_S = 0.2
-SHOWN_LINES = 15
+HEREDOC_HINT = ". If that stands in a heredoc (<<): Docker takes those through BuildKit alone, Podman always"
 STEP = re.compile(r"^STEP (\d+/\d+) ?: (.*)", re.IGNORECASE)
 
 
@@ -153,7 +153,8 @@ class Images:
             tasks.cancel_scope.cancel()
         await anyio.lowlevel.checkpoint_if_cancelled()  # cut because nobody waits is no failure of the work
         if answer.problem:
-            raise ImageBuildError(f"{what} failed{answer.where()}: {answer.problem} (log: {answer.log})")
+            hint = HEREDOC_HINT if "unknown instruction" in answer.problem else ""
+            raise ImageBuildError(f"{what} failed{answer.where()}: {answer.problem}{hint} (log: {answer.log})")
 
 
 class Build:

@@ -6,6 +6,7 @@ what another machine holds, until its lease ends.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import time
@@ -17,6 +18,8 @@ import docker
 import docker.errors
 
 from sandbox.docker_engine import connect
+
+log = logging.getLogger(__name__)
 
 SANDBOX_LABEL = "protege.sandbox"  # the run that it belongs to
 OWNER_LABEL = "protege.owner"
@@ -102,13 +105,13 @@ def why_reaped(labels: dict[str, str], now: float) -> str | None:
 
 
 def remove(client: docker.APIClient, container: str) -> bool:
-    """False: it is going or gone without us."""
+    """False: it is going or gone without us, or the engine cannot; the next look will tell."""
     try:
         client.remove_container(container, force=True, v=True)
     except docker.errors.APIError as error:
-        if error.status_code in (404, 409):
-            return False
-        raise
+        if error.status_code not in (404, 409):
+            log.warning("container %s could not be removed: %s", container, error)
+        return False
     return True
 
 

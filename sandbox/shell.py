@@ -27,6 +27,7 @@ from sandbox.types import check_variable
 BASH = ["bash", "--norc", "--noprofile"]
 SHELL_ENV = {"BASH_ENV": ""}  # a file named there would be run first
 OPEN_TIMEOUT_S = 60.0
+PID_TRIES = 20
 REPORT_BYTES = 8192
 CHECK_S = 0.2  # between looks at whether the shell still lives, where its children hold its output open
 SETTLE_S = 0.1  # what a dead shell's children wrote before it died has come in after this
@@ -55,15 +56,23 @@ class Shell:
         self.exec_id = exec_id
         self.pid = 0  # on the engine's machine
         self.mark = mark  # in the environment of the shell itself
-        self._engine = engine
         self.host = host
+        self._engine = engine
         self._socket = socket
         self._pending: list[tuple[int, bytes]] = []  # came after the last report: from children left behind
 
     @classmethod
-    async def open(cls, engine: Engine, host: HostView | None, container: str, user: str | None, mark: str) -> Shell:
+    async def open(
+        cls,
+        engine: Engine,
+        host: HostView | None,
+        container: str,
+        user: str | None,
+        mark: str,
+        env: Mapping[str, str],
+    ) -> Shell:
         """`host` is None where only the engine can tell what runs. Raises `SandboxError`, also if no bash answers."""
-        environment = {**SHELL_ENV, MARK: mark}
+        environment = {**env, **SHELL_ENV, MARK: mark}
         socket, exec_id = await engine.open_exec(container, BASH, environment, user)
         try:
             shell = cls(engine, host, socket, exec_id, mark)
@@ -71,8 +80,7 @@ class Shell:
             with anyio.move_on_after(OPEN_TIMEOUT_S):
                 outcome = await shell.run(":", stdout=noise, stderr=noise)
                 if isinstance(outcome, Report):
-                    while shell.pid == 0:  # the engine starts a program first and notes its number then
-                        shell.pid = (await engine.process(exec_id)).pid
+                    await shell._learn_pid()
                     if host is not None and not host.shows(shell.pid, mark):
                         shell.host = None  # a runtime with a kernel of its own: what we see is not what is inside
                     return shell
@@ -83,6 +91,12 @@ class Shell:
         except BaseException:
             socket.close()
             raise
+
+    async def _learn_pid(self) -> None:
+        for _ in range(PID_TRIES):  # the engine starts a program first and notes its number then
+            self.pid = (await self._engine.process(self.exec_id)).pid
+            if self.pid:
+                return
 
     async def lives(self) -> bool:
         if self.host is not None and self.pid:

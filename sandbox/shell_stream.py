@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import ssl
 from collections.abc import Callable
 from typing import Any, BinaryIO, Protocol
@@ -9,6 +11,7 @@ from typing import Any, BinaryIO, Protocol
 import anyio
 
 READ_BYTES = 256 * 1024
+REST_BYTES = 2**20  # kept of what comes after the last token
 FRAME_HEADER = 8  # stream number, three zeros, length as four bytes big-endian
 STDOUT, STDERR = 1, 2
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -22,6 +25,8 @@ class ExecSocket:
         self._socket = getattr(raw, "_sock", raw)
         self._socket.setblocking(False)
         self._buffer = bytearray(read_ahead(raw))
+        self._waiting = False
+        self._closed = False
 
     async def send(self, data: bytes) -> None:
         """Raises OSError if the other end is gone."""
@@ -40,13 +45,22 @@ class ExecSocket:
             try:
                 data = self._socket.recv(READ_BYTES)
             except WOULD_BLOCK:
-                await anyio.wait_readable(self._socket)
+                await self._until_readable()
                 continue
             except OSError:
                 return []
             if not data:
                 return []
             self._buffer += data
+
+    async def _until_readable(self) -> None:
+        self._waiting = True
+        try:
+            await anyio.wait_readable(self._socket)
+        finally:
+            self._waiting = False
+            if self._closed:
+                self._close()
 
     def _frames(self) -> list[tuple[int, bytes]]:
         """Complete frames, and as much as is there of an incomplete one."""
@@ -65,7 +79,13 @@ class ExecSocket:
         return frames
 
     def close(self) -> None:
-        self._close()
+        """Also under a reader: it is told of the end, and closes then. Its descriptor must not be another's before."""
+        self._closed = True
+        if self._waiting:
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+        else:
+            self._close()
 
 
 def read_ahead(raw: Any) -> bytes:
@@ -154,7 +174,7 @@ class Splitter:
             self.passed += 1
             data = data[at + len(self._token) :]
         self._held = b""
-        self.rest += data
+        self.rest = (self.rest + data)[-REST_BYTES:]
 
     def flush(self) -> None:
         """The stream has ended: nothing will complete a token."""
