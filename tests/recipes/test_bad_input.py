@@ -76,7 +76,21 @@ OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "loss of another objective": ({"objective": "jsd", "loss_fn": "ppo"}, ("objective=jsd has no loss_fn",)),
     "coefficient of another": ({"objective": "jsd", "kl_penalty_coef": 2}, ("objective=jsd has no kl_penalty_coef",)),
     "bounds of another": ({"objective": "jsd", "loss_fn_config__is_cap": 2}, ("has no loss_fn_config",)),
-    "beta of another": ({"objective": "reverse_kl", "beta": 0.5}, ("beta=0.5 is of objective=jsd",)),
+    "beta of another": (
+        {"objective": "reverse_kl", "beta": 0.5}, ("objective=reverse_kl has no beta (given: 0.5)", "use objective=jsd")
+    ),
+    "support of another": ({"objective": "topk_forward_kl", "support": "sampled"}, ("topk_forward_kl has no support",)),
+    "tail of another": ({"objective": "topk_forward_kl", "tail": "bucket"}, ("topk_forward_kl has no tail",)),
+    "top k of another": (
+        {"objective": "reverse_kl", "top_k": 4}, ("has no top_k", "objective=jsd or objective=topk_forward_kl")
+    ),
+    "top k of the whole": ({"objective": "jsd", "top_k": 4}, ("top_k=4", "support=teacher_topk")),
+    "tail of the whole": ({"objective": "jsd", "tail": "renormalise"}, ("support=full leaves no token out",)),
+    "support of nothing": ({"objective": "topk_forward_kl", "top_k": 0}, ("top_k=0", "1 or more")),
+    "support": ({"objective": "jsd", "support": "topk"}, ("support=topk", "teacher_topk, student_topk, sampled")),
+    "loss that is always 0": (
+        {"objective": "jsd", "support": "sampled", "tail": "renormalise"}, ("always 0", "tail=bucket")
+    ),
     "beta": ({"objective": "jsd", "beta": 2}, ("beta=2", "from 0 to 1")),
     "bounds without clipping": (
         {"objective": "reverse_kl", "loss_fn_config__clip_low_threshold": 0.5}, ("does not clip",)

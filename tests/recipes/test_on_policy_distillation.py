@@ -41,6 +41,10 @@ def of_tokens(logprobs: torch.Tensor, ids: list[int], sampled: list[bool]) -> li
 VARIANTS: dict[str, dict[str, Any]] = {
     "jsd": {},
     "forward_kl": {"beta": 0},
+    "teacher_topk": {"support": "teacher_topk", "beta": 0.5},  # 64 tokens: more than there are
+    "student_topk": {"support": "student_topk", "top_k": 3, "tail": "renormalise"},
+    "sampled_support": {"support": "sampled", "lora_rank": 2},
+    "topk_forward_kl": {"objective": "topk_forward_kl", "top_k": 3, "temperature": 0.8},
     "importance_sampling": {"objective": "reverse_kl", "loss_reduction": "sequence_mean"},
     "ppo_discounted": {"objective": "reverse_kl", "loss_fn": "ppo", "kl_discount_factor": 0.9, "group_size": 2},
     "cispo_substeps": {"objective": "reverse_kl", "loss_fn": "cispo", "num_substeps": 2},
@@ -71,9 +75,23 @@ def test_every_way_to_train_moves_the_student_and_leaves_the_teacher(name: str, 
         assert saved.keys() == start.keys()
         assert all(not torch.equal(saved[key], start[key]) for key in start)
     (parts,) = engines
+    (teacher,) = parts.teacher_lms.values()
     was = load_file(Path(models["teacher_model"], "model.safetensors"))
-    assert all(torch.equal(value, was[key]) for key, value in parts.teacher_lm.model.state_dict().items())
-    assert not any(p.requires_grad for p in parts.teacher_lm.model.parameters())
+    assert all(torch.equal(value, was[key]) for key, value in teacher.model.state_dict().items())
+    assert not any(p.requires_grad for p in teacher.model.parameters())
+
+
+def test_mass_captured_by_the_top_k_is_recorded_by_teacher_and_dataset(tmp_path: Path, models: Models):
+    row = training_rows(run(tmp_path / "run", models, objective="topk_forward_kl", top_k=3, max_steps=1))[0]
+    (total,) = {value for name, value in row.items() if name.endswith("topk_mass")}
+    assert row[f"teacher/{models['teacher_model']}/topk_mass"] == row["dataset/arithmetic/topk_mass"] == total
+    masses = []
+    for episode in episodes(tmp_path / "run", 1):
+        top = plain_logprobs(models["teacher_model"], episode["token_ids"]).topk(3)  # [T, 3]
+        shared = top.values.exp() * (top.indices < len(char_tokenizer()))  # the teacher's embedding is padded
+        masses += [float(shared[i - 1].sum()) for i, sampled in enumerate(episode["sampled"]) if sampled]
+    assert total == pytest.approx(sum(masses) / len(masses), abs=1e-4)
+    assert row["no_teacher_mass"] < 0.1
 
 
 def test_lora_on_the_teacher_itself_shares_weights_that_do_not_change(tmp_path: Path, student: str):
@@ -81,11 +99,12 @@ def test_lora_on_the_teacher_itself_shares_weights_that_do_not_change(tmp_path: 
         options = {"model_name": student, "teacher_model": student, "teacher_system_prompt": "add"}
         path = run(tmp_path / "run", options, lora_rank=2, max_steps=3)
     (parts,) = engines
-    assert parts.teacher_lm.model is parts.learner.lm.model
+    (teacher,) = parts.teacher_lms.values()
+    assert teacher.model is parts.learner.lm.model
     start = load_file(Path(student, "model.safetensors"))
     shared = {
         key.removeprefix("base_model.model.").replace(".base_layer", ""): value
-        for key, value in parts.teacher_lm.model.state_dict().items()
+        for key, value in teacher.model.state_dict().items()
         if "lora_" not in key
     }
     assert shared.keys() == start.keys() and all(torch.equal(shared[key], start[key]) for key in start)
@@ -108,6 +127,9 @@ def test_a_new_adapter_is_its_base(tmp_path: Path, student: str):
         ({}, 0.5),
         pytest.param({"lora_rank": 8}, 0.7, marks=pytest.mark.slow),
         ({"objective": "reverse_kl", "groups_per_batch": 16}, 0.8),
+        ({"objective": "topk_forward_kl", "top_k": 8}, 0.7),
+        ({"support": "teacher_topk", "top_k": 8, "beta": 0.5}, 0.7),
+        ({"support": "student_topk", "top_k": 8}, 0.7),
     ],
 )
 def test_the_student_becomes_like_its_teacher(options: dict[str, Any], factor: float, tmp_path: Path, models: Models):
