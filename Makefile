@@ -4,10 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check docs bench clean
+.PHONY: demo demo-tools test check docs bench clean
 
 demo: $(STAMP)  ## a tiny student learns two-digit addition from a tiny teacher
 	$(BIN)/python -m recipes.on_policy_distillation behavior_if_log_dir_exists=delete
+
+demo-tools: $(STAMP)  ## episodes with a shell in Docker sandboxes, on eight small tasks; MODEL=… TEACHER=… for real models
+	$(BIN)/python -m recipes.on_policy_distillation_harbor_multi_turn behavior_if_log_dir_exists=delete \
+		$(if $(MODEL),model_name=$(MODEL)) $(if $(TEACHER),teacher_model=$(TEACHER))
 
 test: $(STAMP)  ## the fast suite: no network, GPU, Docker or vLLM
 	$(BIN)/python -m pytest

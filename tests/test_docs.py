@@ -28,13 +28,20 @@ from envs.datasets import parse_row
 from envs.sources import JSONL_SUFFIXES, locate
 from errors import UserError
 from recipes import embedded, evaluate, on_policy_distillation, training_run
-from recipes.cli import options, parse_config
+from recipes.cli import Option, options, parse_config
 from training import loop
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 ALL_OF_IT_RUNS = {"distil-your-own-prompts.md"}
-CODE = ("*.py", *(f"{folder}/**/*.py" for folder in ("envs", "models", "training", "recipes", "benchmarks", "tests")))
+CODE = (
+    "*.py",
+    *(
+        f"{folder}/**/*.py"
+        for folder in ("envs", "sandbox", "tool_use", "models", "training", "recipes", "benchmarks", "tests")
+    ),
+)
+RUN_HERE = (evaluate, on_policy_distillation)  # the others need an engine for containers, or have tests of their own
 SHRINK = 50
 """100 steps become 2, the checkpoint `step_000100` becomes `step_000002`, and `[:2000]` rows become 40."""
 
@@ -86,7 +93,7 @@ def parse(module: ModuleType, argv: list[str]) -> Any:
 def command_problem(words: list[str]) -> str | None:
     """What is wrong with a command of ours; None for anything else's."""
     if words[0] == "make":
-        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         missing = [word for word in words[1:] if "=" not in word and word not in targets]
         return f"the Makefile has no {missing}" if missing else None
     if words[:2] != [".venv/bin/python", "-m"]:
@@ -171,10 +178,8 @@ def run_page(page: str) -> list[str]:
             name = recipe_of(words)
             if name is None or "--help" in words:
                 continue
-            module = {"evaluate": evaluate, "on_policy_distillation": on_policy_distillation}[name.partition(".")[2]]
-            argv = words[3:]
-            config = parse(module, [*argv, *overrides(module, argv)])
-            if is_here(config):
+            module, argv = importlib.import_module(name), words[3:]
+            if module in RUN_HERE and is_here(config := parse(module, [*argv, *overrides(module, argv)])):
                 module.main(config)
             else:
                 left_out.append(shlex.join(words))
@@ -264,11 +269,19 @@ def dotted_problem(name: str) -> str | None:
 
 def option_problem(pair: str) -> str | None:
     key, _, value = pair.partition("=")
-    known = {o.name: o for recipe in (on_policy_distillation, evaluate) for o in options(recipe.Config)}
-    if key not in known:
+    types = [option.type for option in all_options() if option.name == key]
+    if not types:
         return f"{pair}: no recipe has this option"
-    choices = typing.get_args(known[key].type) if typing.get_origin(known[key].type) is typing.Literal else ()
-    return f"{pair}: expected one of {choices}" if choices and value and value not in choices else None
+    choices = [typing.get_args(t) if typing.get_origin(t) is typing.Literal else None for t in types]
+    fits = not value or any(among is None or value in among for among in choices)
+    return None if fits else f"{pair}: expected one of {choices}"
+
+
+@cache
+def all_options() -> list[Option]:
+    """Of every recipe."""
+    recipes = [importlib.import_module(f"recipes.{path.stem}") for path in (ROOT / "recipes").glob("[a-z]*.py")]
+    return [option for recipe in recipes if hasattr(recipe, "Config") for option in options(recipe.Config)]
 
 
 def path_problem(path: str) -> str | None:
@@ -310,7 +323,22 @@ def test_every_name_in_backticks_exists(page: Path):
 # --- what architecture.md says of the layers
 
 
-LAYERS = ["envs", "models", "training", "recipes"]  # each may import what stands before it
+LAYERS = [
+    "sandbox",
+    "envs",
+    "tool_use",
+    "envs.harbor",
+    "models",
+    "training",
+    "recipes",
+]  # each may import what stands before it
+
+
+def layer(module: str) -> int | None:
+    """The place in `LAYERS` of a module or of a file's path, None for what is not ours."""
+    parts = module.removesuffix(".py").replace("/", ".").split(".")
+    name = "envs.harbor" if parts[:2] == ["envs", "harbor"] else parts[0]
+    return LAYERS.index(name) if name in LAYERS else None
 
 
 def imports_of(text: str) -> set[str]:
@@ -323,9 +351,8 @@ def test_nothing_imports_upwards_but_for_the_sampler_protocol():
     upwards = [
         (path, module)
         for path, text in sources().items()
-        for module in imports_of(text)
-        if path.partition("/")[0] in LAYERS and module.partition(".")[0] in LAYERS
-        if LAYERS.index(module.partition(".")[0]) > LAYERS.index(path.partition("/")[0])
+        for module in sorted(imports_of(text))
+        if (own := layer(path)) is not None and (other := layer(module)) is not None and other > own
     ]
     assert upwards == [("envs/rollout.py", "models.types")]
 
