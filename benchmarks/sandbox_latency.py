@@ -23,8 +23,10 @@ import chz
 from recipes.cli import run_cli
 from sandbox.base_image import ensure_base_image
 from sandbox.docker_engine import connect
-from sandbox.docker_sandbox import DockerSandboxFactory
+from sandbox.docker_sandbox import DockerSandbox, DockerSandboxFactory
 from sandbox.types import SandboxConfig
+
+THROUGHPUT_S = 5.0
 
 
 @chz.chz
@@ -46,6 +48,8 @@ def main(config: Config) -> None:
         ratio = statistics.median(times) / statistics.median(ours["echo"])
         p99 = sorted(times)[int(0.99 * (len(times) - 1))]
         print(f"| {name} | {statistics.median(times) * 1e3:.2f} | {p99 * 1e3:.2f} | {ratio:.0f}x |")
+    rates = engine_throughput(image, config.sandboxes), anyio.run(our_throughput, image, config.sandboxes)
+    print(f"\nCommands a second, {config.sandboxes} sandboxes at once: docker exec {rates[0]:.0f}, ours {rates[1]:.0f}")
     engine_s = engine_lives(image, config.sandboxes)
     ours_s = anyio.run(our_lives, image, config.sandboxes)
     print(f"\n{config.sandboxes} at once, created and removed: engine alone {engine_s:.1f} s, ours {ours_s[0]:.1f} s;")
@@ -86,6 +90,49 @@ def engine_commands(image: str, count: int) -> list[float]:
             times.append(time.perf_counter() - started)
         client.remove_container(container, force=True)
     return times
+
+
+async def our_throughput(image: str, count: int) -> float:
+    factory = await DockerSandboxFactory.connect()
+    sandboxes = [await factory.create(image) for _ in range(count)]
+    done = 0
+
+    async def work(sandbox: DockerSandbox, until: float) -> None:
+        nonlocal done
+        while time.perf_counter() < until:
+            assert (await sandbox.run_command("echo hi", timeout_s=60)).stdout == b"hi\n"
+            done += 1
+
+    try:
+        for sandbox in sandboxes:
+            await sandbox.run_command("true", timeout_s=60)
+        async with anyio.create_task_group() as tasks:
+            for sandbox in sandboxes:
+                tasks.start_soon(work, sandbox, time.perf_counter() + THROUGHPUT_S)
+    finally:
+        for sandbox in sandboxes:
+            await sandbox.cleanup()
+    return done / THROUGHPUT_S
+
+
+def engine_throughput(image: str, count: int) -> float:
+    with connect() as client, ThreadPoolExecutor(count) as pool:
+        host = client.create_host_config(network_mode="none", auto_remove=True, init=True)
+        containers = [client.create_container(image, ["sleep", "600"], host_config=host)["Id"] for _ in range(count)]
+        for container in containers:
+            client.start(container)
+
+        def work(container: str) -> int:
+            done, until = 0, time.perf_counter() + THROUGHPUT_S
+            while time.perf_counter() < until:
+                assert client.exec_start(client.exec_create(container, ["echo", "hi"])["Id"]) == b"hi\n"
+                done += 1
+            return done
+
+        total = sum(pool.map(work, containers))
+        for container in containers:
+            client.remove_container(container, force=True)
+    return total / THROUGHPUT_S
 
 
 def inspect_commands(python: str, image: str, count: int) -> list[float]:
