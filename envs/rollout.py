@@ -14,6 +14,7 @@ from envs.types import (
     Episode,
     EpisodeGroup,
     EpisodeLog,
+    GivenEpisodes,
     SamplingParams,
     StopReason,
 )
@@ -75,7 +76,10 @@ def _add(total: dict[str, float], more: dict[str, float]) -> None:
 
 
 async def run_group(builder: EnvGroupBuilder, sampler: Sampler, *, temperature: float, seed: int) -> EpisodeGroup:
-    """All attempts at one row, at once. A failure of ours drops that episode alone, under its reason."""
+    """All attempts at one row, at once. A failure of ours drops that episode alone, under its reason. Given
+    episodes are taken as they are."""
+    if isinstance(builder, GivenEpisodes):
+        return EpisodeGroup(builder.dataset, builder.row_id, builder.teacher, tuple(builder.given))
     results: dict[int, Episode | InfrastructureError] = {}
 
     async def attempt(k: int, env: Env) -> None:

@@ -146,6 +146,15 @@ class EnvGroupBuilder(Protocol):
     async def cleanup(self) -> None: ...
 
 
+@runtime_checkable
+class GivenEpisodes(Protocol):
+    """A group builder whose episodes are there already: answers of a dataset, or saved attempts. Its
+    environments are never asked for."""
+
+    @property
+    def given(self) -> tuple[Episode, ...]: ...
+
+
 @dataclass(frozen=True)
 class Turn:
     """One sampled turn: ids `[start, end)` of the log, the tool calls read from them, then the messages the
