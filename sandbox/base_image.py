@@ -22,7 +22,7 @@ from typing import IO
 
 import docker.errors
 
-from errors import ImageBuildError
+from errors import ImageBuildError, UserError
 from sandbox.docker_engine import connect
 
 REPOSITORY = "protege-base"
@@ -138,4 +138,8 @@ def ensure_base_image() -> str:
 
 
 if __name__ == "__main__":
-    print(ensure_base_image())
+    try:
+        print(ensure_base_image())
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
