@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import secrets
 import threading
 import time
@@ -361,7 +362,8 @@ class DockerSandboxFactory:
 
     async def _start(self, image: str, config: SandboxConfig) -> DockerSandbox:
         engine = self._engine
-        name = f"protege-{self._run}-{secrets.token_hex(6)}"
+        run = re.sub(r"[^\w.-]", "-", self._run, flags=re.ASCII)[:40]  # what the engine takes as a name
+        name = f"protege-{run}-{secrets.token_hex(6)}"
         options = container_options(engine.client, image, name, self._run, config, engine.cores)
         abandoned = threading.Event()
         try:

@@ -97,6 +97,13 @@ async def test_a_config_that_makes_no_sense_is_refused(options: dict):
         SandboxConfig(**options)
 
 
+async def test_a_run_may_have_any_name(client: docker.APIClient, image: str):
+    factory = await DockerSandboxFactory.connect("mein Lauf/ü " + "x" * 300)
+    sandbox = await factory.create(image)
+    assert (await sandbox.run_command("true", timeout_s=20)).exit_code == 0
+    await sandbox.cleanup()
+
+
 async def test_more_cpus_than_there_are_become_all_there_are(make: Make):
     sandbox = await make(SandboxConfig(cpus=10_000))
     assert (await sandbox.run_command("true", timeout_s=20)).exit_code == 0
