@@ -72,6 +72,35 @@ SOURCES: dict[str, Source] = {
 }
 NAMES = ("arithmetic", *SOURCES)
 
+# --- routes ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How a row says which teacher judges it: `key` holds one of `known`. `required`: no row may leave it out."""
+
+    key: str
+    known: Sequence[str]
+    required: bool
+
+    def apply(self, record: Record, route: Any) -> Record:
+        """The record with `route` as its `teacher`. Raises ValueError for one that is not known, or is missing."""
+        rest = {key: value for key, value in record.items() if key not in (self.key, "teacher")}
+        if route is None:
+            if self.required:
+                raise ValueError(f"has no {self.key!r}, which says who teaches it: {self._known}")
+            return rest
+        if route not in self.known:
+            near = difflib.get_close_matches(str(route), self.known, n=1)
+            guess = f"; did you mean {near[0]!r}?" if near else ";"
+            raise ValueError(f"{self.key} is {route!r}, which no teacher answers to{guess} {self._known}")
+        return {**rest, "teacher": route}
+
+    @property
+    def _known(self) -> str:
+        return f"expected one of {', '.join(map(repr, self.known))}"
+
+
 # --- loading --------------------------------------------------------------------------------------
 
 
@@ -82,6 +111,7 @@ def load_dataset_rows(
     eval_size: int,
     seed: int,
     max_rows: int | None = None,
+    routing: Routing | None = None,
 ) -> Dataset:
     """The rows of a named dataset, of a local copy of it, or of a JSONL file.
 
@@ -91,7 +121,8 @@ def load_dataset_rows(
 
     `dataset_path` points a named dataset at a JSONL or parquet file, a folder with train.jsonl and
     test.jsonl or with parquet files, or a `save_to_disk` folder. Its records may be as upstream or in
-    the JSONL contract. A path is graded as mathematics if all its expected answers are numbers.
+    the JSONL contract. A path is graded as mathematics if all its expected answers are numbers. With
+    `routing`, every row that names a teacher names one that it knows.
 
     Raises:
         DataError: unknown name, nothing at the path, a hub that cannot be reached, a broken row.
@@ -99,13 +130,15 @@ def load_dataset_rows(
     if eval_size < 0 or (max_rows is not None and max_rows < 1):
         raise DataError(f"eval_size={eval_size} max_rows={max_rows}: expected at least 0 and at least 1")
     if dataset == "arithmetic" and dataset_path is None:
+        if routing is not None and routing.required:
+            raise DataError("arithmetic: its rows say no teacher; give the dataset one")
         # The split never follows the run's seed: the embedded models were trained on the default one's rows.
         train, test = arithmetic.rows("train"), _sample(arithmetic.rows("test"), eval_size, seed)
         return Dataset(dataset, _sample(train, max_rows, seed), test, "arithmetic")
 
     name, source, path = locate(dataset, dataset_path)
     splits = _open_local(path, source) if path else _open_hub(name, SOURCES[name])
-    reader = _Reader(name, source, seed)
+    reader = _Reader(name, source, seed, routing)
     if "test" in splits:
         test = reader.read(splits["test"], "test", eval_size)
         train = _without_prompts_of(test, reader.read(splits["train"], "train", max_rows), name)
@@ -226,6 +259,7 @@ class _Reader:
     name: str
     source: Source | None
     seed: int
+    routing: Routing | None
 
     def read(self, split: Split, split_name: str, n: int | None) -> list[Row]:
         """A seeded sample of n rows, in the order of the split; None: all of them."""
@@ -233,7 +267,8 @@ class _Reader:
             return _sample(read_jsonl(split, self.to_contract), n, self.seed)
         table: Any = split
         if self.source and set(self.source.columns) <= set(table.column_names):
-            keep = {*self.source.columns, *_CONTRACT_ONLY, "id"} & set(table.column_names)
+            route = {self.routing.key} if self.routing else set()
+            keep = {*self.source.columns, *_CONTRACT_ONLY, "id", *route} & set(table.column_names)
             table = table.select_columns(sorted(keep))
         chosen = _sample(range(len(table)), n, self.seed)
         rows = []
@@ -252,7 +287,13 @@ class _Reader:
         return rows
 
     def to_contract(self, record: Record) -> Record | None:
-        """Raises ValueError with the reason if the record is neither upstream's nor the contract's."""
+        """Raises ValueError with the reason if the record is neither upstream's nor the contract's, or goes nowhere."""
+        contract = self._contract(record)
+        if contract is None or self.routing is None:
+            return contract
+        return self.routing.apply(contract, record.get(self.routing.key))
+
+    def _contract(self, record: Record) -> Record | None:
         if self.source is None:
             return record
         upstream = all(column in record for column in self.source.columns)

@@ -103,7 +103,7 @@ def _pairs(argv: Sequence[str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Option:
-    """One field of the config, nested ones with dots."""
+    """One field of the config, nested ones with dots, those of a list's entries with `.N.`."""
 
     name: str
     type: Any
@@ -114,6 +114,8 @@ class Option:
     def expected(self) -> str:
         if typing.get_origin(self.type) is typing.Literal:
             return "one of " + ", ".join(map(str, typing.get_args(self.type)))
+        if _entry_class(self.type) is not None:
+            return f"a list: {self.name}.0.OPTION=VALUE, {self.name}.1.OPTION=VALUE, …"
         return type_repr(self.type)
 
 
@@ -133,6 +135,8 @@ def options(config_class: type, prefix: str = "", instance: Any = None) -> Itera
         yield Option(prefix + name, field.x_type, "''" if value == "" else str(value), field._doc)
         if nested is not None:
             yield from options(nested, f"{prefix}{name}.", value if isinstance(value, nested) else None)
+        if (entry := _entry_class(field.x_type)) is not None:
+            yield from options(entry, f"{prefix}{name}.N.")
 
 
 def _nested_class(annotation: Any) -> type | None:
@@ -141,6 +145,19 @@ def _nested_class(annotation: Any) -> type | None:
     members = typing.get_args(annotation) if is_union else (annotation,)
     nested = [member for member in members if isinstance(member, type) and chz.is_chz(member)]
     return nested[0] if len(nested) == 1 else None
+
+
+def _entry_class(annotation: Any) -> type | None:
+    """The chz class of a list's entries: that of `tuple[Class, ...]`."""
+    members = typing.get_args(annotation)
+    if typing.get_origin(annotation) is tuple and members[1:] == (...,) and chz.is_chz(members[0]):
+        return members[0]
+    return None
+
+
+def _of_any_entry(name: str) -> str:
+    """`datasets.0.teacher` as `--help` lists it: `datasets.N.teacher`."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "N", name)
 
 
 def help_text(config_class: type, presets: Presets | None = None, argv: Sequence[str] = ()) -> str:
@@ -157,8 +174,9 @@ def help_text(config_class: type, presets: Presets | None = None, argv: Sequence
         lines += [textwrap.dedent(config_class.__doc__).strip(), ""]
     lines.append("Options:")
     for option in options(config_class):
-        value = f"={preset[option.name]} (preset)" if option.name in preset else f"={option.default}"
-        if _nested_class(option.type) is not None and option.name not in preset:
+        chosen = [str(value) for key, value in preset.items() if _of_any_entry(key) == option.name]
+        value = f"={', '.join(chosen)} (preset)" if chosen else f"={option.default}"
+        if (_nested_class(option.type) is not None or _entry_class(option.type) is not None) and not chosen:
             value = ".*"
         lines.append(f"  {option.name}{value}  ({option.expected})")
         if option.doc:
@@ -175,7 +193,8 @@ def _explain(message: str, config_class: type, given: Mapping[str, str]) -> str:
     if found := re.match(r"Extraneous argument '(.+)' to Blueprint", message):
         return _explain_unknown(found[1], known)
     if found := re.match(r"Missing required arguments for parameter\(s\): (.+)", message):
-        missing = "\n".join(f"  {name}=  ({known[name].expected})" for name in found[1].split(", ") if name in known)
+        names = {name: known.get(_of_any_entry(name)) for name in found[1].split(", ")}
+        missing = "\n".join(f"  {name}=  ({option.expected})" for name, option in names.items() if option)
         return f"missing: {found[1]}\n{missing}\n--help lists every option"
     # why: chz names the parameter in one of its two messages about a failed cast, only the value in the other
     named = re.match(r"Could not interpret argument .* provided for param '(.+)'\.\.\.", message)
@@ -183,10 +202,13 @@ def _explain(message: str, config_class: type, given: Mapping[str, str]) -> str:
     name = named[1] if named else None
     if value_only:
         name = next((key for key, value in given.items() if value == value_only[1]), None)
-    if name in known:
+    if name is not None and (general := _of_any_entry(name)).endswith(".N"):
+        return f"{name}={given.get(name, '')}: expected {name}.OPTION=VALUE; --help lists {general}'s options"
+    option = None if name is None else known.get(_of_any_entry(name))
+    if name is not None and option is not None:
         reason = re.search(r"as a value:\n(.*?)(?:\n\n- Failed|\Z)", message, re.DOTALL)
         why = reason[1] if reason and not reason[1].startswith("Could not cast") else ""
-        return f"{name}={given.get(name, '')}: expected {known[name].expected}" + (f" ({why})" if why else "")
+        return f"{name}={given.get(name, '')}: expected {option.expected}" + (f" ({why})" if why else "")
     return message
 
 
@@ -194,10 +216,14 @@ def _explain_unknown(key: str, known: Mapping[str, Option]) -> str:
     by_leaf: dict[str, str] = {}
     for name in known:
         by_leaf.setdefault(name.rpartition(".")[2], name)
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    numbers = iter(re.findall(r"\.(\d+)(?=\.|$)", key))
+    sought = _of_any_entry(key)
+    leaf = sought.rpartition(".")[2]
+    near = [by_leaf[leaf]] if leaf in by_leaf else difflib.get_close_matches(sought, known, n=1, cutoff=0.6)
     # why: `lora_rank` where `model.lora_rank` is meant, and the reverse, are far apart as strings
-    near = near or [by_leaf[leaf] for leaf in difflib.get_close_matches(key.rpartition(".")[2], by_leaf, n=1)]
-    hint = f" Did you mean {near[0]}?" if near else ""
+    near = near or [by_leaf[leaf] for leaf in difflib.get_close_matches(leaf, by_leaf, n=1)]
+    guess = re.sub(r"(?<=\.)N(?=\.)", lambda _: next(numbers, "0"), near[0]) if near else None
+    hint = f" Did you mean {guess}?" if guess else ""
     return f"unknown option {key}.{hint}\n--help lists every option"
 
 

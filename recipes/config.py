@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import chz
 from errors import ConfigError
 from models.checks import common_temperature
 from recipes.student_config import StudentConfig, check_at_least, check_positive, json_object
+from recipes.teachers import TeacherSpec
 from training.distribution_losses import JSD, Support, Tail, TopKForwardKL
 from training.loop import LoopConfig
 from training.objectives import Objective, ReverseKL
@@ -60,8 +62,6 @@ class OnPolicyConfig(StudentConfig):
 
     # sampling
     temperature: float = chz.field(default=1.0, doc="of sampling, and of every logprob that is compared")
-    max_tokens: int = chz.field(default=512, doc="longest answer of one turn, in tokens")
-    sampler_slots: int = chz.field(default=64, doc="largest batch of concurrent generation")
 
     # steps and evaluation
     num_substeps: int = chz.field(default=1, doc="optimizer steps per batch of episodes")
@@ -82,7 +82,7 @@ class OnPolicyConfig(StudentConfig):
 
     def make_objective(self) -> Objective:
         """Raises `ConfigError` for options that the chosen objective does not have."""
-        self._check_objective_options()
+        check_objective_options(self)
         if self.objective == "topk_forward_kl":
             return TopKForwardKL(DEFAULT_TOP_K if self.top_k is None else self.top_k)
         if self.objective == "jsd":
@@ -102,16 +102,7 @@ class OnPolicyConfig(StudentConfig):
             signal_policy=bounds.signal_policy,
         )
 
-    def _check_objective_options(self) -> None:
-        for name, owners in _OF_OBJECTIVE.items():
-            if self.objective not in owners and (value := getattr(self, name)) != _default(name):
-                raise ConfigError(
-                    f"objective={self.objective} has no {name} (given: {value}): leave it out, or use "
-                    + " or ".join(f"objective={owner}" for owner in owners)
-                )
-
     def comparison_temperature(self) -> float:
-        """The one temperature of every logprob that is compared. Raises `ConfigError`."""
         return common_temperature(self.temperature, {})
 
     def loop(self, steps_of_one_epoch: int) -> LoopConfig:
@@ -143,15 +134,21 @@ class TrainConfig(OnPolicyConfig):
     def comparison_temperature(self) -> float:
         return common_temperature(self.temperature, {self.teacher_model: self.teacher_temperature})
 
-    def teacher_template_kwargs(self) -> dict[str, Any]:
-        """The student's, unless the teacher has its own. Raises `ConfigError`."""
-        if self.teacher_chat_template_kwargs is None:
-            return self.student_template_kwargs()
-        return json_object("teacher_chat_template_kwargs", self.teacher_chat_template_kwargs)
+    def teacher_specs(self) -> Sequence[TeacherSpec]:
+        kwargs = self.teacher_chat_template_kwargs
+        return [
+            TeacherSpec(
+                name=self.teacher_model,
+                model=self.teacher_model,
+                checkpoint=self.teacher_checkpoint,
+                system_prompt=self.teacher_system_prompt,
+                template_kwargs=None if kwargs is None else json_object("teacher_chat_template_kwargs", kwargs),
+            )
+        ]
 
 
 _AT_LEAST = {
-    "max_tokens": 1, "sampler_slots": 1, "eval_samples": 0, "num_substeps": 1, "max_dropped_fraction": 0,
+    "eval_samples": 0, "num_substeps": 1, "max_dropped_fraction": 0,
 }  # fmt: skip
 _OF_OBJECTIVE = {
     "loss_fn": ("reverse_kl",), "loss_fn_config": ("reverse_kl",), "kl_penalty_coef": ("reverse_kl",),
@@ -161,6 +158,16 @@ _OF_OBJECTIVE = {
 """Options that only some objectives have."""
 
 
-def _default(name: str) -> Any:
-    field = chz.chz_fields(OnPolicyConfig)[name]
-    return LossFnConfig() if name == "loss_fn_config" else field._default
+def check_objective_options(config: Any) -> None:
+    """Raises `ConfigError` for an option of another objective than the config's."""
+    fields = chz.chz_fields(type(config))
+    for name, owners in _OF_OBJECTIVE.items():
+        if name not in fields:
+            continue
+        value = getattr(config, name)
+        default = LossFnConfig() if name == "loss_fn_config" else fields[name]._default
+        if config.objective not in owners and value != default:
+            raise ConfigError(
+                f"objective={config.objective} has no {name} (given: {value}): leave it out, or use "
+                + " or ".join(f"objective={owner}" for owner in owners)
+            )

@@ -87,7 +87,14 @@ def main(config: Config) -> None:
         raise DataError(f"{data.name} has no held-out rows")
     training = config.as_training()
     models = setup.check_models(training)
-    data = setup.check_prompt_lengths(data, models, max_tokens=config.max_tokens, max_prompt_tokens=None, drop=False)
+    data = setup.check_prompt_lengths(
+        data,
+        models,
+        teacher_of=lambda row: training.teacher_model,
+        max_tokens=config.max_tokens,
+        max_prompt_tokens=None,
+        drop=False,
+    )
     metrics = anyio.run(_evaluate, config, data, models, training)
     for name, value in metrics.items():
         if not name.endswith("_se"):
@@ -101,12 +108,14 @@ async def _evaluate(
     config: Config, data: Dataset, models: setup.CheckedModels, training: TrainConfig
 ) -> dict[str, float]:
     student = await compute(setup.load_lm, training, models, models.student, models.compute_dtype)
-    teacher = student if config.teacher_model is None else await compute(setup.load_teacher, training, models)
-    parts = setup.assemble(training, models, student, teacher)
-    rows = setup.eval_set(data, models.student_renderer, training.teacher_model, config.max_tokens)
+    teacher = student
+    if config.teacher_model is not None:
+        teacher = await compute(setup.load_teacher, training, models, models.only_teacher)
+    parts = setup.assemble(training, models, student, {training.teacher_model: teacher})
+    rows = setup.eval_set(data, models.student_renderer, lambda row: training.teacher_model, config.max_tokens)
     judge = None
     if config.teacher_model is not None:
-        judge = Judge(parts.learner, {training.teacher_model: parts.teacher})
+        judge = Judge(parts.learner, parts.teachers)
     async with parts.sampler:
         return await evaluate(
             rows,

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import chz
 
-from envs.datasets import Cursor, Dataset
+from envs.datasets import Cursor, Dataset, Row
 from envs.rendering import Renderer
 from envs.sources import load_dataset_rows, locate
 from errors import ConfigError, DataError
@@ -107,10 +107,16 @@ def presets(given: dict[str, str]) -> dict[str, Any]:
     if dataset in PRESETS:
         return PRESETS[dataset]
     locate(dataset, given.get("dataset_path"))  # a typo is named here, not the options that it did not bring
+    size = eval_size_of_file(dataset)
+    return {} if size is None else {"eval_size": size}
+
+
+def eval_size_of_file(dataset: str) -> int | None:
+    """How many rows to hold out of a file that has no test split: a short one is not spent on evaluation."""
     if not Path(dataset).is_file():
-        return {}
-    with open(dataset, "rb") as lines:  # a short file is not spent on evaluation
-        return {"eval_size": min(64, sum(1 for _ in lines) // 10)}
+        return None
+    with open(dataset, "rb") as lines:
+        return min(64, sum(1 for _ in lines) // 10)
 
 
 def main(config: Config) -> None:
@@ -153,12 +159,13 @@ def check(config: Config) -> Checked:
         if row.teacher not in (None, config.teacher_model):
             raise DataError(
                 f"{row.row_id}: its teacher is {row.teacher!r}, this run has only {config.teacher_model!r}. "
-                "Remove the key, or give the rows of each teacher to a run of their own"
+                "Remove the key, or use recipes.on_policy_multi_teacher"
             )
     models = setup.check_models(config)
     data = setup.check_prompt_lengths(
         data,
         models,
+        teacher_of=lambda row: config.teacher_model,
         max_tokens=config.max_tokens,
         max_prompt_tokens=config.max_prompt_tokens,
         drop=config.long_prompts == "drop",
@@ -175,10 +182,13 @@ def log_path(config: Config) -> Path:
 
 
 def training_run(config: Config, checked: Checked) -> TrainingRun:
-    data, models, teacher = checked.data, checked.models, config.teacher_model
+    data, models = checked.data, checked.models
+
+    def teacher_of(row: Row) -> str:
+        return config.teacher_model
 
     def held_out(renderer: Renderer) -> list[EvalSet]:
-        return [setup.eval_set(data, renderer, teacher, config.max_tokens)] if data.test else []
+        return [setup.eval_set(data, renderer, teacher_of, config.max_tokens)] if data.test else []
 
     plan = DatasetPlan(
         name=data.name,
@@ -187,7 +197,7 @@ def training_run(config: Config, checked: Checked) -> TrainingRun:
         builder=setup.group_builder(
             models.student_renderer,
             data.name,
-            teacher,
+            teacher_of,
             group_size=config.group_size,
             max_tokens=config.max_tokens,
         ),
@@ -197,7 +207,7 @@ def training_run(config: Config, checked: Checked) -> TrainingRun:
         models=models,
         plans=[plan],
         eval_sets=held_out(models.student_renderer),
-        teacher_sets=held_out(models.teacher_renderer),
+        teacher_sets={config.teacher_model: held_out(models.teacher_renderer)},
         steps_per_epoch=-(-len(data.train) // config.groups_per_batch),
     )
 

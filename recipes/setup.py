@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from envs.rendering import Renderer, make_renderer
 from errors import ConfigError, DataError
 from models import attention
 from models.causal_lm import CausalLM
-from models.checks import PairReport, check_pair, default_device
+from models.checks import check_pair, default_device
 from models.cpu_matmul import use_fast_exact_matmul
 from models.loading import (
     ModelSource,
@@ -31,13 +31,13 @@ from models.loading import (
     load_config,
     load_model,
     load_tokenizer,
-    source_fingerprint,
 )
 from models.teacher_view import ViewMaker
 from models.transformers_sampler import TransformersSampler
 from models.transformers_scorer import TransformersScorer
 from recipes import embedded
-from recipes.config import TrainConfig
+from recipes.student_config import StudentConfig
+from recipes.teachers import CheckedTeacher, TeacherSpec, by_weights, weights_fingerprint
 from training.collect import Teacher
 from training.evaluation import EvalSet
 from training.learner import Learner
@@ -47,55 +47,72 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CheckedModels:
-    """A student and a teacher that were found to fit, with nothing loaded but their tokenizers."""
+    """A student and its teachers that were found to fit, with nothing loaded but their tokenizers."""
 
     student: ModelSource
     adapter: str | None  # a saved LoRA adapter that the student goes on from
-    teacher: ModelSource
     student_renderer: Renderer
-    teacher_renderer: Renderer
-    report: PairReport
-    context_length: int | None  # of the shorter of the two
+    teachers: Mapping[str, CheckedTeacher]
+    context_length: int | None  # of the shortest of them all
     device: torch.device
     compute_dtype: torch.dtype
-    shares_base: bool  # LoRA on the very weights that the teacher is
+    shared_weights: str | None  # a LoRA student's base: a teacher of these weights is not loaded again
 
     @property
-    def views(self) -> ViewMaker:
-        return ViewMaker(self.student_renderer, self.teacher_renderer)
+    def only_teacher(self) -> CheckedTeacher:
+        """Of a run that has one."""
+        (teacher,) = self.teachers.values()
+        return teacher
+
+    @property
+    def teacher_renderer(self) -> Renderer:
+        """Of a run that has one teacher."""
+        return self.only_teacher.renderer
 
 
-def check_models(config: TrainConfig, *, tools: bool = False) -> CheckedModels:
+def check_models(config: StudentConfig, *, tools: bool = False) -> CheckedModels:
     """Everything about the models that needs no weights; `tools`: episodes of several turns, with tools.
 
     Raises `UserError`s.
     """
     device = default_device(config.device)
     student, adapter = student_source(config)
-    teacher = ModelSource(embedded.resolve(config.teacher_model), config.teacher_checkpoint)
-    for source in (student, teacher):
-        check_source(source)
-    ours, theirs = config.student_template_kwargs(), config.teacher_template_kwargs()
-    student_renderer = renderer_for(student, ours, config.system_prompt or None)
-    system_prompt = config.system_prompt if config.teacher_system_prompt is None else config.teacher_system_prompt
-    teacher_renderer = renderer_for(teacher, theirs, system_prompt or None)
-    for renderer in (student_renderer, teacher_renderer):
-        renderer.check(tools=tools, multi_turn=tools)
+    check_source(student)
+    student_renderer = renderer_for(student, config.student_template_kwargs(), config.system_prompt)
+    student_renderer.check(tools=tools, multi_turn=tools)
+    teachers = {
+        spec.name: _check_teacher(config, spec, student_renderer, tools=tools) for spec in config.teacher_specs()
+    }
     return CheckedModels(
         student=student,
         adapter=adapter,
-        teacher=teacher,
         student_renderer=student_renderer,
-        teacher_renderer=teacher_renderer,
-        report=check_pair(config.teacher_model, student_renderer, teacher_renderer),
-        context_length=_context_length(student, teacher),
+        teachers=teachers,
+        context_length=_context_length(student, *(teacher.source for teacher in teachers.values())),
         device=device,
         compute_dtype=config.compute_dtype(device),
-        shares_base=config.lora_rank > 0 and source_fingerprint(student) == source_fingerprint(teacher),
+        shared_weights=weights_fingerprint(student) if config.lora_rank and teachers else None,
     )
 
 
-def student_source(config: TrainConfig) -> tuple[ModelSource, str | None]:
+def _check_teacher(config: StudentConfig, spec: TeacherSpec, student: Renderer, *, tools: bool) -> CheckedTeacher:
+    source = ModelSource(embedded.resolve(spec.model), spec.checkpoint)
+    check_source(source)
+    kwargs = config.student_template_kwargs() if spec.template_kwargs is None else dict(spec.template_kwargs)
+    system_prompt = config.system_prompt if spec.system_prompt is None else spec.system_prompt
+    renderer = renderer_for(source, kwargs, system_prompt or None)
+    renderer.check(tools=tools, multi_turn=tools)
+    return CheckedTeacher(
+        name=spec.name,
+        source=source,
+        weights=weights_fingerprint(source),
+        renderer=renderer,
+        views=ViewMaker(student, renderer),
+        report=check_pair(spec.name, student, renderer),
+    )
+
+
+def student_source(config: StudentConfig) -> tuple[ModelSource, str | None]:
     """Where the student's weights come from, and the adapter that LoRA training goes on from."""
     name = embedded.resolve(config.model_name)
     checkpoint = config.load_checkpoint_path
@@ -129,9 +146,17 @@ def _context_length(*sources: ModelSource) -> int | None:
 
 
 def check_prompt_lengths(
-    data: Dataset, models: CheckedModels, *, max_tokens: int, max_prompt_tokens: int | None, drop: bool
+    data: Dataset,
+    models: CheckedModels,
+    *,
+    teacher_of: Callable[[Row], str],
+    max_tokens: int,
+    max_prompt_tokens: int | None,
+    drop: bool,
 ) -> Dataset:
-    """Refuse, or `drop`, rows whose prompt leaves no room for `max_tokens`. Raises `DataError`, `ConfigError`."""
+    """Refuse, or `drop`, rows whose prompt leaves no room for `max_tokens`, the student's or its teacher's.
+
+    Raises `DataError`, `ConfigError`."""
     limit = max_prompt_tokens
     if models.context_length is not None:
         room = models.context_length - max_tokens
@@ -144,13 +169,13 @@ def check_prompt_lengths(
     # What a format adds by itself, a system prompt of its own included.
     added = {
         id(renderer): len(renderer.prompt([{"role": "user", "content": "?"}])) + 64
-        for renderer in (models.student_renderer, models.teacher_renderer)
+        for renderer in (models.student_renderer, *(teacher.renderer for teacher in models.teachers.values()))
     }
 
     def too_long(row: Row) -> bool:
         for messages, renderer in (
             (row.messages, models.student_renderer),
-            (row.teacher_messages or row.messages, models.teacher_renderer),
+            (row.teacher_messages or row.messages, models.teachers[teacher_of(row)].renderer),
         ):
             # A token has at least one byte: most rows need no rendering to be seen to fit.
             size = sum(len(json.dumps(m, default=str)) + 16 for m in messages) + added[id(renderer)]
@@ -178,18 +203,21 @@ def check_prompt_lengths(
     return kept
 
 
-def memory_lines(config: TrainConfig, models: CheckedModels) -> list[str]:
+def memory_lines(config: StudentConfig, models: CheckedModels) -> list[str]:
     """What the run will hold, from shapes alone."""
     weights_dtype = models.compute_dtype if config.lora_rank else torch.float32
     student = estimate_memory(load_config(models.student), dtype=weights_dtype, lora_rank=config.lora_rank)
     lines = [f"student {name}: {_gib(size)}" for name, size in student.items() if name != "total"]
     total = student["total"]
-    if models.shares_base:
-        lines.append("teacher: shares the student's base weights")
-    else:
-        teacher = estimate_memory(load_config(models.teacher), dtype=models.compute_dtype, trained=False)["total"]
-        lines.append(f"teacher parameters: {_gib(teacher)}")
-        total += teacher
+    for weights, (teacher, *others) in by_weights(models.teachers).items():
+        title = "teacher" if len(models.teachers) == 1 else f"teacher {teacher.name}"
+        if weights == models.shared_weights:
+            lines.append(f"{title}: shares the student's base weights")
+        else:
+            size = estimate_memory(load_config(teacher.source), dtype=models.compute_dtype, trained=False)["total"]
+            lines.append(f"{title} parameters: {_gib(size)}")
+            total += size
+        lines += [f"teacher {other.name}: shares the weights of {teacher.name}" for other in others]
     lines.append(f"in all: {_gib(total)}, and activations of {config.token_budget(models.device)} tokens at a time")
     return lines
 
@@ -200,29 +228,29 @@ def _gib(size: float) -> str:
 
 @dataclass
 class Engines:
-    """Loaded models and what runs on them."""
+    """Loaded models and what runs on them. Teachers of the same weights share one model and one scorer."""
 
     learner: Learner
     sampler: TransformersSampler
-    teacher: Teacher
-    teacher_lm: CausalLM
+    teachers: dict[str, Teacher]
+    teacher_lms: dict[str, CausalLM]  # by the same names
 
 
-def build_engines(config: TrainConfig, models: CheckedModels, resume_from: Path | None) -> Engines:
+def build_engines(config: StudentConfig, models: CheckedModels, resume_from: Path | None) -> Engines:
     """Load the weights, the student's from a checkpoint of this run if there is one."""
     student = _trained_student(config, models, resume_from)
-    teacher = student.without_adapter() if models.shares_base else load_teacher(config, models)
-    return assemble(config, models, student, teacher)
+    lms: dict[str, CausalLM] = {}
+    for weights, same in by_weights(models.teachers).items():
+        shared = weights == models.shared_weights
+        lm = student.without_adapter() if shared else load_teacher(config, models, same[0])
+        lms |= {teacher.name: lm for teacher in same}
+    return assemble(config, models, student, lms)
 
 
-def assemble(config: TrainConfig, models: CheckedModels, student: CausalLM, teacher: CausalLM) -> Engines:
+def assemble(
+    config: StudentConfig, models: CheckedModels, student: CausalLM, teacher_lms: Mapping[str, CausalLM]
+) -> Engines:
     temperature = config.comparison_temperature()
-    scorer = TransformersScorer(
-        config.teacher_model,
-        teacher,
-        temperature=temperature,
-        token_budget=4 * config.token_budget(models.device),  # nothing is kept for a backward pass
-    )
     learner = Learner(
         student,
         optimizer=config.optimizer(),
@@ -230,12 +258,20 @@ def assemble(config: TrainConfig, models: CheckedModels, student: CausalLM, teac
         token_budget=config.token_budget(models.device),
         reduction=config.loss_reduction,
     )
-    tokenizer = models.student_renderer.tokenizer
-    sampler = TransformersSampler(student, tokenizer, slots=config.sampler_slots)
-    return Engines(learner, sampler, Teacher(scorer, models.views), teacher)
+    sampler = TransformersSampler(student, models.student_renderer.tokenizer, slots=config.sampler_slots)
+    teachers: dict[str, Teacher] = {}
+    for same in by_weights(models.teachers).values():
+        scorer = TransformersScorer(
+            " = ".join(teacher.name for teacher in same),
+            teacher_lms[same[0].name],
+            temperature=temperature,
+            token_budget=4 * config.token_budget(models.device),  # nothing is kept for a backward pass
+        )
+        teachers |= {teacher.name: Teacher(scorer, teacher.views) for teacher in same}
+    return Engines(learner, sampler, teachers, dict(teacher_lms))
 
 
-def load_lm(config: TrainConfig, models: CheckedModels, source: ModelSource, dtype: torch.dtype) -> CausalLM:
+def load_lm(config: StudentConfig, models: CheckedModels, source: ModelSource, dtype: torch.dtype) -> CausalLM:
     use_fast_exact_matmul()
     implementation = attention.NAME if config.attn_implementation == "auto" else config.attn_implementation
     model = load_model(source, dtype=dtype, device=models.device, attn_implementation=implementation)
@@ -253,13 +289,13 @@ def _mend_generation_config(model: PreTrainedModel) -> None:
             settings.do_sample = True
 
 
-def load_teacher(config: TrainConfig, models: CheckedModels) -> CausalLM:
-    teacher = load_lm(config, models, models.teacher, models.compute_dtype)
-    teacher.model.requires_grad_(False)
-    return teacher
+def load_teacher(config: StudentConfig, models: CheckedModels, teacher: CheckedTeacher) -> CausalLM:
+    lm = load_lm(config, models, teacher.source, models.compute_dtype)
+    lm.model.requires_grad_(False)
+    return lm
 
 
-def _trained_student(config: TrainConfig, models: CheckedModels, resume_from: Path | None) -> CausalLM:
+def _trained_student(config: StudentConfig, models: CheckedModels, resume_from: Path | None) -> CausalLM:
     source, adapter = models.student, models.adapter
     if resume_from is not None and config.lora_rank:
         adapter = str(resume_from)
@@ -287,13 +323,13 @@ def no_dropout(model: torch.nn.Module) -> None:
 
 
 def group_builder(
-    renderer: Renderer, dataset: str, teacher: str, *, group_size: int, max_tokens: int
+    renderer: Renderer, dataset: str, teacher_of: Callable[[Row], str], *, group_size: int, max_tokens: int
 ) -> Callable[[Row], PromptOnlyGroupBuilder]:
-    """How a row becomes `group_size` single-turn attempts."""
+    """How a row becomes `group_size` single-turn attempts, judged by the teacher that `teacher_of` names."""
     return lambda row: PromptOnlyGroupBuilder(
         dataset=dataset,
         row_id=row.row_id,
-        teacher=teacher,
+        teacher=teacher_of(row),
         teacher_messages=row.teacher_messages,
         messages=row.messages,
         renderer=renderer,
@@ -302,10 +338,10 @@ def group_builder(
     )
 
 
-def eval_set(data: Dataset, renderer: Renderer, teacher: str, max_tokens: int) -> EvalSet:
+def eval_set(data: Dataset, renderer: Renderer, teacher_of: Callable[[Row], str], max_tokens: int) -> EvalSet:
     """Held-out rows, attempted under the same prompt and budget as in training."""
 
     def builder(row: Row, samples: int) -> PromptOnlyGroupBuilder:
-        return group_builder(renderer, data.name, teacher, group_size=samples, max_tokens=max_tokens)(row)
+        return group_builder(renderer, data.name, teacher_of, group_size=samples, max_tokens=max_tokens)(row)
 
     return EvalSet(data.name, data.test, data.grader, builder)

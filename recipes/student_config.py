@@ -7,13 +7,14 @@ declared once, in one of the config classes, and handed on whole.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import chz
 import torch
 
 from errors import ConfigError
+from recipes.teachers import TeacherSpec
 from training.learner import OptimizerConfig
 from training.loop import LoopConfig, Schedule
 from training.run_dir import Behavior
@@ -52,6 +53,10 @@ class StudentConfig:
     loss_reduction: Literal["token_mean", "token_sum", "sequence_mean"] = chz.field(
         default="token_mean", doc="token losses are weighed by 1/tokens of the step, by 1, or per episode alike"
     )
+
+    # generation
+    max_tokens: int = chz.field(default=512, doc="longest answer of one turn, in tokens")
+    sampler_slots: int = chz.field(default=64, doc="largest batch of concurrent generation")
 
     # run
     max_steps: int | None = chz.field(default=None, doc="steps to train for; default: once through the largest dataset")
@@ -123,6 +128,14 @@ class StudentConfig:
         """Activations take more than 1 MiB a token on a small model: on a CPU, small passes cost little speed."""
         return self.micro_batch_tokens or (8192 if device.type == "cuda" else 128)
 
+    def teacher_specs(self) -> Sequence[TeacherSpec]:
+        """The teachers of the run, each name once; none to learn from given answers alone. Raises `ConfigError`."""
+        return ()
+
+    def comparison_temperature(self) -> float:
+        """The one temperature of every logprob that is compared. Raises `ConfigError`."""
+        return 1.0
+
     def student_template_kwargs(self) -> dict[str, Any]:
         """Raises `ConfigError`."""
         return json_object("chat_template_kwargs", self.chat_template_kwargs)
@@ -134,7 +147,7 @@ class StudentConfig:
 
 _AT_LEAST = {
     "lora_rank": 0, "max_steps": 1, "eval_every": 0, "save_every": 0, "keep_checkpoints": 0, "warmup_steps": 0,
-    "micro_batch_tokens": 1, "max_grad_norm": 0, "weight_decay": 0, "adam_eps": 0,
+    "micro_batch_tokens": 1, "max_tokens": 1, "sampler_slots": 1, "max_grad_norm": 0, "weight_decay": 0, "adam_eps": 0,
 }  # fmt: skip
 
 

@@ -67,5 +67,5 @@ def train(config: Config, rows: Sequence[Row], make_group: MakeGroup) -> Path:
     path = Path(config.log_path or f"runs/tool_env-{config.name}-{Path(config.model_name).name}")
     plan = DatasetPlan(config.name, cursor, config.groups_per_batch, lambda row: make_group(row, student))
     steps = -(-len(rows) // config.groups_per_batch)
-    training_run.train(config, TrainingRun(path, models, [plan], [], [], steps_per_epoch=steps))
+    training_run.train(config, TrainingRun(path, models, [plan], [], {}, steps_per_epoch=steps))
     return path

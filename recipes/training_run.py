@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import anyio
 import chz
@@ -15,7 +16,7 @@ from models.checks import probe_scorer, probe_view
 from models.device_thread import compute_blocking
 from models.transformers_sampler import TransformersSampler
 from recipes import setup
-from recipes.config import TrainConfig
+from recipes.config import OnPolicyConfig
 from training.evaluation import EvalSet, evaluate
 from training.loop import DatasetPlan, Loop
 from training.progress import Progress
@@ -26,17 +27,17 @@ from training.trackers import open_trackers
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What a recipe has checked and chosen. `teacher_sets` are the held-out rows in the teacher's own format."""
+    """What a recipe has checked and chosen. `teacher_sets`: by teacher, its held-out rows in its own format."""
 
     path: Path
     models: setup.CheckedModels
     plans: Sequence[DatasetPlan]
     eval_sets: Sequence[EvalSet]
-    teacher_sets: Sequence[EvalSet]
+    teacher_sets: Mapping[str, Sequence[EvalSet]]
     steps_per_epoch: int
 
 
-def train(config: TrainConfig, run: TrainingRun) -> None:
+def train(config: OnPolicyConfig, run: TrainingRun) -> None:
     """The whole run, from the last checkpoint of `run.path` or from the beginning."""
     run_dir = open_run_dir(
         run.path,
@@ -59,8 +60,9 @@ def _resume_folder(run_dir: RunDir) -> Path | None:
     return latest[1] if latest else None
 
 
-async def _train(config: TrainConfig, run: TrainingRun, parts: setup.Engines, run_dir: RunDir) -> None:
-    await probe_scorer(parts.teacher.scorer, probe_view(run.models.views))
+async def _train(config: OnPolicyConfig, run: TrainingRun, parts: setup.Engines, run_dir: RunDir) -> None:
+    for teacher in parts.teachers.values():
+        await probe_scorer(teacher.scorer, probe_view(teacher.views))
     loop_config = config.loop(run.steps_per_epoch)
     with Progress(loop_config.max_steps, str(run_dir.path)) as progress:
         loop = Loop(
@@ -68,7 +70,7 @@ async def _train(config: TrainConfig, run: TrainingRun, parts: setup.Engines, ru
             plans=run.plans,
             eval_sets=run.eval_sets,
             sampler=parts.sampler,
-            teachers={config.teacher_model: parts.teacher},
+            teachers=parts.teachers,
             learner=parts.learner,
             objective=config.make_objective(),
             renderer=run.models.student_renderer,
@@ -81,8 +83,8 @@ async def _train(config: TrainConfig, run: TrainingRun, parts: setup.Engines, ru
         if (latest := run_dir.latest_checkpoint()) is not None:
             loop.restore(latest[1])
             progress.message(f"resumed at step {loop.step} from {latest[1]}")
-        if config.eval_teacher and not _has(run_dir, "eval/teacher_"):
-            await _evaluate_teacher(config, run, parts, loop)
+        if config.eval_teacher and not _has_evaluated_teachers(run_dir):
+            await _evaluate_teachers(config, run, parts, loop)
         try:
             await loop.run()
         finally:
@@ -91,33 +93,38 @@ async def _train(config: TrainConfig, run: TrainingRun, parts: setup.Engines, ru
     print_summary(run_dir)
 
 
-async def _evaluate_teacher(config: TrainConfig, run: TrainingRun, parts: setup.Engines, loop: Loop) -> None:
-    """The teacher's own accuracy, or reward: what is within the student's reach."""
-    renderer = run.models.teacher_renderer
-    async with TransformersSampler(parts.teacher_lm, renderer.tokenizer, slots=config.sampler_slots) as sampler:
-        for rows in run.teacher_sets:
-            found = await evaluate(
-                rows,
-                sampler,
-                renderer,
-                temperature=config.temperature,
-                samples=config.eval_samples if rows.rewarded else 0,
-                seed=config.seed,
-            )
-            row = {name.replace("eval/", "eval/teacher_"): value for name, value in found.items()}
-            if row:  # rows without an expected answer leave nothing to measure
-                loop.run_dir.append_metrics({"step": loop.step, **row})
+async def _evaluate_teachers(config: OnPolicyConfig, run: TrainingRun, parts: setup.Engines, loop: Loop) -> None:
+    """Each teacher's own accuracy, or reward, on its held-out rows: what is within the student's reach."""
+    several = sum(len(sets) for sets in run.teacher_sets.values()) > 1
+    for name, sets in run.teacher_sets.items():
+        renderer = run.models.teachers[name].renderer
+        async with TransformersSampler(
+            parts.teacher_lms[name], renderer.tokenizer, slots=config.sampler_slots
+        ) as sampler:
+            for rows in sets:
+                found = await evaluate(
+                    rows,
+                    sampler,
+                    renderer,
+                    temperature=config.temperature,
+                    samples=config.eval_samples if rows.rewarded else 0,
+                    seed=config.seed,
+                )
+                scope = f"eval/{rows.name}/{name}/teacher_" if several else "eval/teacher_"
+                row = {key.replace("eval/", scope, 1): value for key, value in found.items()}
+                if row:  # rows without an expected answer leave nothing to measure
+                    loop.run_dir.append_metrics({"step": loop.step, **row})
 
 
-def _has(run_dir: RunDir, prefix: str) -> bool:
-    return any(name.startswith(prefix) for row in run_dir.read_metrics() for name in row)
+def _has_evaluated_teachers(run_dir: RunDir) -> bool:
+    return any(name.startswith("eval/") and "/teacher_" in name for row in run_dir.read_metrics() for name in row)
 
 
 # --- what is said before and after
 
 
 def print_dry_run(
-    config: TrainConfig, run: TrainingRun, data: Sequence[str], prompt: Sequence[int], teacher: str
+    config: OnPolicyConfig, run: TrainingRun, data: Sequence[str], prompt: Sequence[int], teacher: str
 ) -> None:
     """The resolved configuration, the data, the first prompt by mask, the teacher's alignment, and memory."""
     tokens = run.models.student_renderer.tokenizer.decode(prompt)
@@ -135,7 +142,7 @@ def print_dry_run(
         Text(f"first prompt, {len(prompt)} tokens (dim: not trained on, green: trained on)", "bold"),
         Text.assemble((tokens, "dim"), (" … what the student samples", "bold green")),
         Text("teachers", "bold"),
-        *(Text(f"  {line}") for line in run.models.report.lines()),
+        *(Text(f"  {line}") for checked in run.models.teachers.values() for line in checked.report.lines()),
         Text(f"  {teacher}"),
         Text("memory", "bold"),
         *(Text(f"  {line}") for line in setup.memory_lines(config, run.models)),
@@ -146,28 +153,18 @@ def print_dry_run(
 
 
 SUMMED_UP = (
-    ("exact reverse KL per token", "eval/exact_reverse_kl"),
-    ("accuracy, greedy", "eval/accuracy"),
-    ("accuracy, sampled", "eval/sampled_accuracy"),
-    ("reward", "eval/reward"),
+    ("exact reverse KL per token", "exact_reverse_kl"),
+    ("accuracy, greedy", "accuracy"),
+    ("accuracy, sampled", "sampled_accuracy"),
+    ("reward", "reward"),
 )
 
 
 def print_summary(run_dir: RunDir) -> None:
     """Before and after on the held-out rows, and where everything is."""
     rows = run_dir.read_metrics()
-    students = [row for row in rows if "eval/length" in row]
-    lines = []
-    if students:
-        first, last = students[0], students[-1]
-        for label, key in SUMMED_UP:
-            if key in first and key in last:
-                error = last[f"{key}_se"]  # None: of one row there is no error
-                extra = f" ± {error:.4f}" if error is not None else ""
-                of_teacher = key.replace("eval/", "eval/teacher_")
-                teacher = next((row[of_teacher] for row in rows if of_teacher in row), None)
-                extra += f"   (teacher: {teacher:.3f})" if teacher is not None else ""
-                lines.append(f"  {label}: {first[key]:.4f} -> {last[key]:.4f}{extra}")
+    ends = [name.removeprefix("eval/").removesuffix("length") for row in rows for name in row if _is_length(name)]
+    lines = [line for scope in dict.fromkeys(ends) for line in _before_and_after(rows, scope)]
     if lines:
         print("held out, before -> after:")
         print("\n".join(lines))
@@ -176,3 +173,31 @@ def print_summary(run_dir: RunDir) -> None:
     if latest is not None:
         print(f"checkpoint:    {latest[1]}  (loads with from_pretrained)")
     print(f"curves:        open {run_dir.report_path} in a browser; the numbers are in {run_dir.metrics_path.name}")
+
+
+def _is_length(name: str) -> bool:
+    return name == "eval/length" or (name.startswith("eval/") and name.endswith("/length"))
+
+
+def _before_and_after(rows: Sequence[Mapping[str, Any]], scope: str) -> list[str]:
+    """One line per measure of the held-out rows of one dataset; `scope` is its name and a slash, or nothing."""
+    students = [row for row in rows if f"eval/{scope}length" in row]
+    first, last = students[0], students[-1]
+    lines = []
+    for label, measure in SUMMED_UP:
+        key = f"eval/{scope}{measure}"
+        if key in first and key in last:
+            error = last[f"{key}_se"]  # None: of one row there is no error
+            extra = f" ± {error:.4f}" if error is not None else ""
+            teacher = next(
+                (
+                    v
+                    for row in rows
+                    for k, v in row.items()
+                    if k.startswith(f"eval/{scope}") and k.endswith(f"teacher_{measure}")
+                ),
+                None,
+            )
+            extra += f"   (teacher: {teacher:.3f})" if teacher is not None else ""
+            lines.append(f"  {scope.replace('/', ': ')}{label}: {first[key]:.4f} -> {last[key]:.4f}{extra}")
+    return lines

@@ -92,31 +92,34 @@ async def collect(
 
 
 class _Scoring:
-    """Collects views per teacher and hands them over in batches."""
+    """Collects views per scorer and hands them over in batches."""
 
     def __init__(self, teachers: Mapping[str, Teacher], need: SignalSpec, timer: StageTimer) -> None:
         self.signals: dict[int, Signal] = {}  # by id() of the episode
         self.dropped: Counter[str] = Counter()
         self.causes: dict[str, str] = {}
         self._teachers, self._need, self._timer = teachers, need, timer
-        self._pending: dict[str, list[tuple[Episode, TeacherView]]] = {}
+        # By scorer, not by teacher: two names for one model make the same batches as one, and the same rounding.
+        self._pending: dict[int, list[tuple[Episode, TeacherView]]] = {}
+        self._scorers = {id(teacher.scorer): teacher.scorer for teacher in teachers.values()}
 
     def add(self, group: EpisodeGroup, tasks: Any) -> None:
         if self._need is SignalKind.NONE:
             return
-        pending = self._pending.setdefault(group.teacher, [])
-        pending.extend((e, self._teachers[group.teacher].views.view(e)) for e in group.episodes)
+        teacher = self._teachers[group.teacher]
+        key = id(teacher.scorer)
+        pending = self._pending.setdefault(key, [])
+        pending.extend((e, teacher.views.view(e)) for e in group.episodes)
         if sum(len(view.token_ids) for _, view in pending) >= SCORE_TOKENS:
-            tasks.start_soon(self._score, group.teacher, self._pending.pop(group.teacher))
+            tasks.start_soon(self._score, teacher.scorer, self._pending.pop(key))
 
     def flush(self, tasks: Any) -> None:
-        for teacher, pending in self._pending.items():
+        for key, pending in self._pending.items():
             if pending:
-                tasks.start_soon(self._score, teacher, pending)
+                tasks.start_soon(self._score, self._scorers[key], pending)
         self._pending = {}
 
-    async def _score(self, teacher: str, pending: list[tuple[Episode, TeacherView]]) -> None:
-        scorer = self._teachers[teacher].scorer
+    async def _score(self, scorer: Scorer, pending: list[tuple[Episode, TeacherView]]) -> None:
         with self._timer.stage("scoring"):
             try:
                 signals = await scorer.score([view for _, view in pending], self._need)
@@ -126,7 +129,7 @@ class _Scoring:
                     self.causes[error.reason] = str(error)
                     return
                 for one in pending:  # so that one bad view does not take its neighbours with it
-                    await self._score(teacher, [one])
+                    await self._score(scorer, [one])
                 return
         for (episode, _), signal in zip(pending, signals, strict=True):
             self.signals[id(episode)] = signal

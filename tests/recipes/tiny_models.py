@@ -7,6 +7,7 @@ everything already, so that a run which is killed twenty times costs no imports.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -120,29 +121,31 @@ _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["pytest", "recipes.on_policy_distillation"])  # by names that it finds: installed ones
 
 
-def start(argv: Sequence[str], output: Path, *, interrupt: tuple[str, int] | None = None) -> BaseProcess:
-    """`python -m recipes.on_policy_distillation argv…` in a child process, both streams to the file `output`.
+def start(
+    argv: Sequence[str],
+    output: Path,
+    *,
+    interrupt: tuple[str, int] | None = None,
+    recipe: str = "on_policy_distillation",
+) -> BaseProcess:
+    """`python -m recipes.RECIPE argv…` in a child process, both streams to the file `output`.
 
     `interrupt=(phase, step)`: it sends itself SIGINT in the midst of that phase after so many steps."""
-    process = _SERVER.Process(target=_child, args=(list(argv), str(output), interrupt))
+    process = _SERVER.Process(target=_child, args=(list(argv), str(output), interrupt, recipe))
     process.start()
     return process
 
 
-def _child(argv: list[str], output: str, interrupt: tuple[str, int] | None) -> None:
+def _child(argv: list[str], output: str, interrupt: tuple[str, int] | None, recipe: str) -> None:
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     if interrupt is not None:
         _interrupt_in(*interrupt)
+    module = importlib.import_module(f"recipes.{recipe}")
     with no_report():
-        run_cli(
-            on_policy_distillation.main,
-            on_policy_distillation.Config,
-            presets=on_policy_distillation.presets,
-            argv=argv,
-        )
+        run_cli(module.main, module.Config, presets=module.presets, argv=argv)
 
 
 def _interrupt_in(phase: str, step: int) -> None:

@@ -1,0 +1,361 @@
+"""Train one student on several datasets at once, each judged by a teacher of its own, or each row by the one it names.
+
+    python -m recipes.on_policy_multi_teacher deepmath_groups_per_batch=256 tulu3_groups_per_batch=256
+    python -m recipes.on_policy_multi_teacher model_name=./student \\
+        datasets.0.dataset=deepmath datasets.0.teacher_model=./mathematician datasets.0.groups_per_batch=256 \\
+        datasets.1.dataset=chats.jsonl datasets.1.teacher_model=./talker datasets.1.groups_per_batch=64
+    python -m recipes.on_policy_multi_teacher model_name=./student datasets.0.dataset=mixed.jsonl \\
+        teachers.0.model=./mathematician teachers.0.route_value=math \\
+        teachers.1.model=./talker teachers.1.route_value=chat
+
+Every step takes `groups_per_batch` prompts of each dataset. Teachers of the same weights are loaded once.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import chz
+
+from envs.datasets import Cursor, Dataset, Row
+from envs.rollout import derive_seed
+from envs.sources import NAMES, Routing, load_dataset_rows, locate
+from errors import ConfigError
+from recipes import setup
+from recipes.cli import run_cli
+from recipes.config import OnPolicyConfig
+from recipes.on_policy_distillation import eval_size_of_file
+from recipes.student_config import check_at_least, json_object
+from recipes.teachers import TeacherSpec, distinct
+from recipes.training_run import TrainingRun, print_dry_run, train
+from training.evaluation import EvalSet
+from training.loop import DatasetPlan
+from training.trackers import check_trackers
+
+
+@chz.chz
+class DatasetOptions:
+    """One dataset of the mixture, and its teacher."""
+
+    dataset: str = chz.field(doc="arithmetic, deepmath, tulu3, gsm8k, or a path to JSONL (one `messages` per row)")
+    dataset_path: str | None = chz.field(default=None, doc="a local copy of the named dataset: file or folder")
+    name: str | None = chz.field(default=None, doc="in metrics and episodes; default: the dataset's or the file's")
+    max_rows: int | None = chz.field(default=None, doc="use at most this many training rows")
+    group_size: int = chz.field(default=1, doc="attempts per prompt")
+    groups_per_batch: int = chz.field(default=64, doc="prompts per step")
+    eval_size: int = chz.field(default=64, doc="held-out rows to evaluate on; 0: no evaluation")
+    teacher_model: str | None = chz.field(
+        default=None, doc="judges the rows that name no teacher: hub id, local folder or .gguf file"
+    )
+    teacher_checkpoint: str | None = chz.field(default=None, doc="the teacher's weights: HF folder or adapter")
+    teacher_system_prompt: str | None = chz.field(
+        default=None, doc="system message in the teacher's view; default: the student's, '' for none"
+    )
+    teacher_chat_template_kwargs: str | None = chz.field(
+        default=None, doc="JSON object for the teacher's chat template; default: the student's"
+    )
+
+    @property
+    def title(self) -> str:
+        return self.name or (self.dataset if self.dataset in NAMES else Path(self.dataset).stem)
+
+
+@chz.chz
+class TeacherOptions:
+    """A teacher that rows name."""
+
+    model: str = chz.field(doc="hub id, local folder or .gguf file")
+    route_value: str | None = chz.field(default=None, doc="what a row says to be judged by it; default: its model")
+    checkpoint: str | None = chz.field(default=None, doc="its weights: HF folder or adapter")
+    system_prompt: str | None = chz.field(
+        default=None, doc="system message in its view; default: the student's, '' for none"
+    )
+    chat_template_kwargs: str | None = chz.field(
+        default=None, doc="JSON object for its chat template; default: the student's"
+    )
+
+    @property
+    def route(self) -> str:
+        return self.route_value or self.model
+
+
+@chz.chz
+class Config(OnPolicyConfig):
+    """On-policy distillation of single answers from several teachers. Without `datasets`: DeepMath and Tulu 3."""
+
+    datasets: tuple[DatasetOptions, ...] = chz.field(default=(), doc="the mixture")
+    teachers: tuple[TeacherOptions, ...] = chz.field(default=(), doc="those that rows name under `route_key`")
+    route_key: str = chz.field(default="teacher", doc="the key of a row that names its teacher")
+    deepmath_groups_per_batch: int | None = chz.field(
+        default=None, doc="short for datasets.0.groups_per_batch of the mixture that is taken without `datasets`"
+    )
+    tulu3_groups_per_batch: int | None = chz.field(default=None, doc="short for its datasets.1.groups_per_batch")
+    max_prompt_tokens: int | None = chz.field(default=None, doc="longest prompt; default: what the context leaves")
+    long_prompts: Literal["error", "drop"] = chz.field(default="error", doc="what to do with longer ones")
+
+    @chz.validate
+    def _mixture(self) -> None:
+        if not self.datasets:
+            raise ConfigError("there is no dataset: give datasets.0.dataset=")
+        for i, data in enumerate(self.datasets):
+            try:
+                check_at_least(data, {"group_size": 1, "groups_per_batch": 1, "eval_size": 0, "max_rows": 1})
+            except ConfigError as error:
+                raise ConfigError(f"datasets.{i}.{error}") from None
+            if data.teacher_model is None and not self.teachers:
+                raise ConfigError(
+                    f"datasets.{i} has no teacher: give datasets.{i}.teacher_model=, or teachers.0.model="
+                )
+            if data.teacher_model is None and data.teacher_checkpoint is not None:
+                raise ConfigError(f"datasets.{i}.teacher_checkpoint needs teacher_model, which names its tokenizer")
+        for kind, names in (
+            ("datasets.{}.name", [data.title for data in self.datasets]),
+            ("teachers.{}.route_value", [teacher.route for teacher in self.teachers]),
+        ):
+            for i, name in enumerate(names):
+                if name in names[:i]:
+                    first, second = kind.format(names.index(name)), kind.format(i)
+                    raise ConfigError(f"{first} and {second} are both {name!r}: give one of them another")
+        for option, place in (("deepmath_groups_per_batch", 0), ("tulu3_groups_per_batch", 1)):
+            value = getattr(self, option)
+            sizes = [data.groups_per_batch for data in self.datasets if data.title == option.split("_")[0]]
+            if value is not None and value not in sizes:
+                raise ConfigError(f"{option} is of the mixture without datasets: use datasets.{place}.groups_per_batch")
+        groups = sum(data.groups_per_batch for data in self.datasets)
+        if self.num_substeps > groups:
+            raise ConfigError(f"num_substeps={self.num_substeps}: there are only {groups} groups to split")
+
+    def teacher_specs(self) -> Sequence[TeacherSpec]:
+        return distinct([*(_listed(i, t) for i, t in enumerate(self.teachers)), *filter(None, self._own)])
+
+    def own_teacher(self, index: int) -> str | None:
+        """The name of the teacher of a dataset's rows that name none."""
+        spec = self._own[index]
+        return None if spec is None else spec.name
+
+    @property
+    def _own(self) -> list[TeacherSpec | None]:
+        """Each dataset's teacher. One whose name stands for another reading already is named by its dataset too."""
+        taken = {spec.name: spec for spec in (_listed(i, t) for i, t in enumerate(self.teachers))}
+        found: list[TeacherSpec | None] = []
+        for i, data in enumerate(self.datasets):
+            spec = _of_dataset(i, data)
+            if spec is not None:
+                if not taken.get(spec.name, spec).reads_alike(spec):
+                    spec = replace(spec, name=f"{spec.name} ({data.title})")
+                taken[spec.name] = spec
+            found.append(spec)
+        return found
+
+
+def _listed(index: int, options: TeacherOptions) -> TeacherSpec:
+    return TeacherSpec(
+        name=options.route,
+        model=options.model,
+        checkpoint=options.checkpoint,
+        system_prompt=options.system_prompt,
+        template_kwargs=_json(f"teachers.{index}.chat_template_kwargs", options.chat_template_kwargs),
+    )
+
+
+def _of_dataset(index: int, options: DatasetOptions) -> TeacherSpec | None:
+    if options.teacher_model is None:
+        return None
+    return TeacherSpec(
+        name=options.teacher_checkpoint or options.teacher_model,
+        model=options.teacher_model,
+        checkpoint=options.teacher_checkpoint,
+        system_prompt=options.teacher_system_prompt,
+        template_kwargs=_json(f"datasets.{index}.teacher_chat_template_kwargs", options.teacher_chat_template_kwargs),
+    )
+
+
+def _json(name: str, text: str | None) -> dict[str, Any] | None:
+    return None if text is None else json_object(name, text)
+
+
+DEFAULT_MIXTURE: dict[str, Any] = {
+    "model_name": "Qwen/Qwen3-8B-Base",
+    "lora_rank": 128,
+    "learning_rate": 1e-4,
+    "max_tokens": 4096,
+    "datasets.0.dataset": "deepmath",
+    "datasets.0.teacher_model": "Qwen/Qwen3-32B",
+    "datasets.0.group_size": 4,
+    "datasets.0.groups_per_batch": 256,
+    "datasets.1.dataset": "tulu3",
+    "datasets.1.teacher_model": "Qwen/Qwen3-8B",
+    "datasets.1.group_size": 4,
+    "datasets.1.groups_per_batch": 256,
+}
+
+
+def presets(given: dict[str, str]) -> dict[str, Any]:
+    named = {key: value for key, value in given.items() if re.fullmatch(r"datasets\.\d+\.dataset", key)}
+    if not named:
+        short = {
+            f"datasets.{i}.groups_per_batch": int(given[f"{name}_groups_per_batch"])
+            for i, name in enumerate(("deepmath", "tulu3"))
+            if given.get(f"{name}_groups_per_batch", "").isdigit()
+        }
+        return DEFAULT_MIXTURE | short
+    sizes = {}
+    for key, dataset in named.items():
+        locate(dataset, given.get(f"{key}_path"))  # a typo is named here, not what it did not bring
+        if (size := eval_size_of_file(dataset)) is not None:
+            sizes[key.replace(".dataset", ".eval_size")] = size
+    return sizes
+
+
+# --- what is checked before anything is loaded
+
+
+@dataclass(frozen=True)
+class Part:
+    """One dataset's rows, and which teacher judges each."""
+
+    options: DatasetOptions
+    data: Dataset
+    own_teacher: str | None
+    routes: Mapping[str, str]  # from what a row says to the teacher's name
+
+    def teacher_of(self, row: Row) -> str:
+        teacher = self.own_teacher if row.teacher is None else self.routes[row.teacher]
+        assert teacher is not None  # `Routing` refuses rows that name none where the dataset has none
+        return teacher
+
+    @cached_property
+    def rows_of(self) -> Counter[str]:
+        return Counter(self.teacher_of(row) for row in self.data.train)
+
+
+@dataclass(frozen=True)
+class Checked:
+    parts: list[Part]
+    models: setup.CheckedModels
+
+
+def check(config: Config) -> Checked:
+    """Every check that needs no weights. Raises `UserError`s."""
+    check_trackers([*config.trackers, *(["wandb"] if config.wandb_project else [])])
+    config.teacher_specs()
+    parts = [_part(config, i) for i in range(len(config.datasets))]
+    models = setup.check_models(config)
+    checked = []
+    for part in parts:
+        data = setup.check_prompt_lengths(
+            part.data,
+            models,
+            teacher_of=part.teacher_of,
+            max_tokens=config.max_tokens,
+            max_prompt_tokens=config.max_prompt_tokens,
+            drop=config.long_prompts == "drop",
+        )
+        checked.append(replace(part, data=data))
+    return Checked(checked, models)
+
+
+def _part(config: Config, index: int) -> Part:
+    options, own = config.datasets[index], config.own_teacher(index)
+    routes = {teacher.route: teacher.route for teacher in config.teachers}
+    if own is not None and options.teacher_model is not None:
+        routes = {options.teacher_model: own, own: own} | routes
+    data = load_dataset_rows(
+        options.dataset,
+        options.dataset_path,
+        eval_size=options.eval_size,
+        seed=config.seed,
+        max_rows=options.max_rows,
+        routing=Routing(config.route_key, tuple(routes), required=own is None),
+    )
+    return Part(options, replace(data, name=options.title), own, routes)
+
+
+def main(config: Config) -> None:
+    checked = check(config)
+    run = training_run(config, checked)
+    if not config.dry_run:
+        train(config, run)
+        return
+    first = checked.parts[0]
+    row = first.data.train[0]
+    renderer = checked.models.teachers[first.teacher_of(row)].renderer
+    teacher = renderer.prompt(row.teacher_messages or row.messages)
+    print_dry_run(
+        config,
+        run,
+        data=[line for part in checked.parts for line in _lines(part)],
+        prompt=checked.models.student_renderer.prompt(row.messages),
+        teacher=f"{first.teacher_of(row)} reads {len(teacher)} tokens of this prompt"
+        + (" (privileged)" if row.teacher_messages else ""),
+    )
+
+
+def _lines(part: Part) -> list[str]:
+    data, options = part.data, part.options
+    return [
+        f"{data.name}: {len(data.train)} training rows, {len(data.test)} held out, graded as {data.grader}; "
+        f"{options.groups_per_batch} prompts x {options.group_size} attempts a step",
+        *(f"  {count} rows are judged by {teacher}" for teacher, count in part.rows_of.items()),
+    ]
+
+
+def log_path(config: Config) -> Path:
+    """The run's folder: as given, or named after what is trained, so that the same command finds it again."""
+    if config.log_path is not None:
+        return Path(config.log_path)
+    name = "-".join([*(data.title for data in config.datasets), Path(config.model_name).name])
+    return Path("runs", "on_policy_multi_teacher-" + re.sub(r"[^\w.-]+", "-", name))
+
+
+def training_run(config: Config, checked: Checked) -> TrainingRun:
+    parts, models = checked.parts, checked.models
+    student = models.student_renderer
+    plans = [
+        DatasetPlan(
+            name=part.data.name,
+            # not the run's seed alone: two datasets of one length would be shuffled alike
+            cursor=Cursor(part.data.train, seed=derive_seed(config.seed, part.data.name)),
+            groups_per_batch=part.options.groups_per_batch,
+            builder=setup.group_builder(
+                student,
+                part.data.name,
+                part.teacher_of,
+                group_size=part.options.group_size,
+                max_tokens=config.max_tokens,
+            ),
+        )
+        for part in parts
+    ]
+    held_out = [part for part in parts if part.data.test]
+    return TrainingRun(
+        path=log_path(config),
+        models=models,
+        plans=plans,
+        eval_sets=[setup.eval_set(part.data, student, part.teacher_of, config.max_tokens) for part in held_out],
+        teacher_sets={name: _sets_of(name, config, held_out, models) for name in models.teachers},
+        steps_per_epoch=max(-(-len(part.data.train) // part.options.groups_per_batch) for part in parts),
+    )
+
+
+def _sets_of(teacher: str, config: Config, parts: Sequence[Part], models: setup.CheckedModels) -> list[EvalSet]:
+    """The held-out rows that one teacher judges, in its own format."""
+    renderer = models.teachers[teacher].renderer
+    found = []
+    for part in parts:
+        rows = [row for row in part.data.test if part.teacher_of(row) == teacher]
+        if rows:
+            data = replace(part.data, test=rows)
+            found.append(setup.eval_set(data, renderer, part.teacher_of, config.max_tokens))
+    return found
+
+
+if __name__ == "__main__":
+    run_cli(main, Config, presets=presets, argv=sys.argv[1:])

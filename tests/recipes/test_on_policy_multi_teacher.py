@@ -1,0 +1,299 @@
+"""Several teachers in one run: each judges its own rows, one checkpoint is one teacher, and mistakes are named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from tiny_models import episodes, evaluation_rows, final, fingerprint, training_rows, weights
+from transformers import AutoModelForCausalLM
+
+from recipes import on_policy_multi_teacher as recipe
+from recipes.cli import help_text, parse_config, run_cli
+
+BASE: dict[str, Any] = {
+    "max_tokens": 6, "max_steps": 2, "learning_rate": 1e-2, "eval_every": 0, "save_every": 0, "device": "cpu",
+    "sampler_slots": 8,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def second(made: Path) -> str:
+    return tiny_models.make_model(made / "second", seed=3)
+
+
+def arithmetic(name: str, teacher: str, rows: int = 12, groups: int = 3, **options: Any) -> dict[str, Any]:
+    given = {"dataset": "arithmetic", "name": name, "teacher_model": teacher, "max_rows": rows}
+    return {**given, "groups_per_batch": groups, "eval_size": 3, **options}
+
+
+def argv(path: Path, student: str, *datasets: dict[str, Any], **options: Any) -> list[str]:
+    """`a__b` in `options` is `a.b`."""
+    given = {**BASE, "model_name": student, "log_path": path}
+    given |= {f"datasets.{i}.{key}": value for i, data in enumerate(datasets) for key, value in data.items()}
+    given |= {key.replace("__", "."): value for key, value in options.items()}
+    return [f"{key}={value}" for key, value in given.items()]
+
+
+def run(path: Path, student: str, *datasets: dict[str, Any], **options: Any) -> Path:
+    with tiny_models.no_report():
+        recipe.main(parse_config(recipe.Config, argv(path, student, *datasets, **options), presets=recipe.presets))
+    return path
+
+
+def write(path: Path, *rows: dict[str, Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def asking(text: str, **keys: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": text}], **keys}
+
+
+@cache
+def plain(folder: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+
+
+def judged_by(episode: dict[str, Any], folder: str) -> bool:
+    """Whether the recorded logprobs of the teacher are those of this model's plain forward."""
+    ids = episode["token_ids"]
+    with torch.no_grad():
+        logprobs = plain(folder)(torch.tensor([ids])).logits[0].log_softmax(-1)
+    expected = [float(logprobs[i - 1, token]) for i, token in enumerate(ids) if episode["sampled"][i]]
+    return [x for x in episode["teacher_logprobs"] if x is not None] == pytest.approx(expected, abs=1e-4)
+
+
+def test_every_dataset_is_judged_by_its_own_teacher_and_measured_apart(
+    tmp_path: Path, student: str, teacher: str, second: str
+):
+    data = arithmetic("one", teacher, group_size=2), arithmetic("two", second, rows=4, groups=2)
+    path = run(tmp_path / "run", student, *data, eval_teacher=True)
+    first = episodes(path, 1)
+    assert [row["dataset"] for row in first] == ["one"] * 6 + ["two"] * 2
+    for row in first:
+        own, other = (teacher, second) if row["dataset"] == "one" else (second, teacher)
+        assert row["teacher"] == own and judged_by(row, own) and not judged_by(row, other)
+    for row in training_rows(path):
+        scopes = [f"dataset/one/{{}} teacher/{teacher}/{{}}", f"dataset/two/{{}} teacher/{second}/{{}}"]
+        for scope in scopes:
+            by_dataset, by_teacher = scope.format("kl", "kl").split()
+            assert row[by_dataset] == row[by_teacher]
+        assert row["dataset/one/trained_episodes"] == 6 and row["dataset/two/trained_episodes"] == 2
+        low, high = sorted((row["dataset/one/kl"], row["dataset/two/kl"]))
+        assert low < row["kl"] < high
+    *taught, before, after = evaluation_rows(path)
+    assert {f"eval/one/{teacher}/teacher_accuracy", f"eval/two/{second}/teacher_accuracy"} <= {*taught[0], *taught[1]}
+    for row in (before, after):
+        assert {"eval/one/exact_reverse_kl", "eval/two/exact_reverse_kl"} <= row.keys()
+
+
+def test_datasets_are_drawn_from_one_by_one_until_the_largest_ends(tmp_path: Path, student: str, teacher: str):
+    data = arithmetic("large", teacher, rows=10, groups=3), arithmetic("small", teacher, rows=4, groups=3)
+    path = run(tmp_path / "run", student, *data, max_steps="None")
+    rows = training_rows(path)
+    assert len(rows) == 4  # 10 rows by threes
+    assert [row["dataset/large/epoch"] for row in rows] == [0, 0, 0, 1]
+    assert [row["dataset/small/epoch"] for row in rows] == [0, 1, 2, 2]
+    drawn = [row["row_id"] for step in range(1, 5) for row in episodes(path, step) if row["dataset"] == "small"]
+    epochs = [drawn[i : i + 4] for i in range(0, 12, 4)]
+    assert all(len(set(epoch)) == 4 for epoch in epochs) and len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_two_routes_to_one_checkpoint_are_one_teacher_to_the_bit(tmp_path: Path, student: str, teacher: str):
+    copy = shutil.copytree(teacher, tmp_path / "copy")
+    with tiny_models.captured_engines() as engines:
+        routes: list[dict[str, Any]] = [
+            {"teacher_model": teacher},
+            {"teacher_model": copy},
+            {"teacher_model": teacher, "teacher_checkpoint": copy},
+        ]
+        runs = [
+            run(tmp_path / f"run{i}", student, arithmetic("one", teacher), {**arithmetic("two", ""), **route})
+            for i, route in enumerate(routes)
+        ]
+    for parts in engines:
+        assert len({id(lm) for lm in parts.teacher_lms.values()}) == 1
+        assert len({id(t.scorer) for t in parts.teachers.values()}) == 1
+    assert [len(parts.teachers) for parts in engines] == [1, 2, 2]
+    one, *others = (fingerprint(path) for path in runs)
+    for other in others:
+        assert other["weights"] == one["weights"] and other["optimizer"] == one["optimizer"]
+
+
+def test_a_lora_student_shares_its_base_with_a_teacher_beside_another(tmp_path: Path, student: str, teacher: str):
+    data = arithmetic("self", student, teacher_system_prompt="add"), arithmetic("other", teacher)
+    with tiny_models.captured_engines() as engines:
+        path = run(tmp_path / "run", student, *data, lora_rank=2, objective="jsd")
+    (parts,) = engines
+    assert parts.teacher_lms[student].model is parts.learner.lm.model is not parts.teacher_lms[teacher].model
+    assert all(row[f"teacher/{name}/exact_kl"] > 0 for row in training_rows(path) for name in (student, teacher))
+    assert any(value.any() for key, value in weights(final(path)).items() if "lora_B" in key)
+
+
+# --- rows that name their teacher
+
+
+@pytest.mark.parametrize("key", ["teacher", "domain"])
+def test_a_row_is_judged_by_the_teacher_that_it_names(
+    key: str, tmp_path: Path, student: str, teacher: str, second: str
+):
+    rows = [asking(f"{n}+{n}=", **({key: "math"} if n % 2 else {key: "chat"}), id=n) for n in range(20, 30)]
+    path = run(
+        tmp_path / "run", student, {"dataset": write(tmp_path / "mixed.jsonl", *rows), "groups_per_batch": 9},
+        teachers__0__model=teacher, teachers__0__route_value="math", teachers__1__model=second,
+        teachers__1__route_value="chat", route_key=key, max_steps=1,
+    )  # fmt: skip
+    found = episodes(path, 1)
+    assert len({row["row_id"] for row in found}) == 9 == len(found)  # one is held out
+    for row in found:
+        odd = int(row["row_id"]) % 2
+        assert row["teacher"] == ("math" if odd else "chat") and judged_by(row, teacher if odd else second)
+
+
+def test_rows_that_name_no_teacher_go_to_their_dataset_s(tmp_path: Path, student: str, teacher: str, second: str):
+    rows = [asking("1+2=", teacher=second), asking("3+4="), asking("5+6=", teacher=teacher)]
+    data = {"dataset": write(tmp_path / "rows.jsonl", *rows), "teacher_model": teacher, "groups_per_batch": 3}
+    path = run(tmp_path / "run", student, data, teachers__0__model=second, max_steps=1)
+    named = {row["row_id"]: row["teacher"] for row in episodes(path, 1)}
+    assert named == {"rows:1": second, "rows:2": teacher, "rows:3": teacher}
+
+
+def test_one_model_may_read_in_two_ways(tmp_path: Path, student: str, teacher: str):
+    data = arithmetic("plain", teacher), arithmetic("hinted", teacher, teacher_system_prompt="12+34=46")
+    with tiny_models.captured_engines() as engines:
+        path = run(tmp_path / "run", student, *data, max_steps=1)
+    assert engines[0].teacher_lms.keys() == {teacher, f"{teacher} (hinted)"}
+    assert len({id(lm) for lm in engines[0].teacher_lms.values()}) == 1
+    for row in episodes(path, 1):
+        assert judged_by(row, teacher) == (row["dataset"] == "plain")
+
+
+# --- stopping and going on
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_as_if_it_never_was(tmp_path: Path, student: str, teacher: str, second: str):
+    data = arithmetic("one", teacher), arithmetic("two", second, rows=5)
+    options = {"max_steps": 6, "save_every": 2, "keep_checkpoints": 0, "num_substeps": 2}
+    whole = run(tmp_path / "whole", student, *data, **options)
+    path = tmp_path / "run"
+    arguments = argv(path, student, *data, **options)
+    for rows in (3, 5):
+        process = tiny_models.start(arguments, tmp_path / "output", recipe="on_policy_multi_teacher")
+        metrics = path / "metrics.jsonl"
+        while process.exitcode is None and (not metrics.exists() or metrics.read_bytes().count(b"\n") < rows):
+            time.sleep(0.002)
+        process.kill()
+        process.join()
+        assert process.exitcode == -9
+    process = tiny_models.start(arguments, tmp_path / "output", recipe="on_policy_multi_teacher")
+    assert tiny_models.finish(process) == 0, (tmp_path / "output").read_text()
+    assert fingerprint(path) == fingerprint(whole)
+
+
+# --- mistakes
+
+
+def refused(capfd: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str]) -> str:
+    before = sorted(tmp_path.rglob("*"))
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        run_cli(recipe.main, recipe.Config, presets=recipe.presets, argv=arguments)
+    err = capfd.readouterr().err
+    assert exit.value.code == 2 and err.count("error:") == 1, err
+    assert sorted(tmp_path.rglob("*")) == before
+    return err
+
+
+def test_a_mistyped_route_is_named_by_file_and_line_with_the_known_ones(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, student: str, teacher: str, second: str
+):
+    routes = {"teachers__0__model": teacher, "teachers__0__route_value": "math", "teachers__1__model": second}
+    file = write(tmp_path / "rows.jsonl", asking("1+2=", teacher="math"), asking("3+4=", teacher="maths"))
+    err = refused(capfd, tmp_path, argv(tmp_path / "run", student, {"dataset": file}, **routes))
+    assert f"{file}:2: teacher is 'maths', which no teacher answers to; did you mean 'math'?" in err
+    assert f"expected one of 'math', {second!r}" in err
+    file = write(tmp_path / "rows.jsonl", asking("1+2=", teacher="math"), asking("3+4="))
+    err = refused(capfd, tmp_path, argv(tmp_path / "run", student, {"dataset": file}, **routes))
+    assert f"{file}:2: has no 'teacher', which says who teaches it" in err
+
+
+def test_one_teacher_among_several_with_another_tokenizer(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, student: str, teacher: str
+):
+    alien = Path(shutil.copytree(teacher, tmp_path / "alien"))
+    content = json.loads((alien / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["1"], vocabulary["2"] = vocabulary["2"], vocabulary["1"]
+    (alien / "tokenizer.json").write_text(json.dumps(content))
+    data = arithmetic("one", teacher), arithmetic("two", str(alien))
+    err = refused(capfd, tmp_path, argv(tmp_path / "run", student, *data))
+    assert f"teacher {alien}'s" in err and "different meanings" in err
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "unknown dataset": ({"datasets__1__dataset": "gsm8"}, ("dataset='gsm8' is not known", "did you mean 'gsm8k'?")),
+    "unknown option of an entry": (
+        {"datasets__0__group_per_batch": 1},
+        ("unknown option datasets.0.group_per_batch. Did you mean datasets.0.groups_per_batch?",),
+    ),
+    "option of one teacher": ({"teacher_model": "x"}, ("unknown option teacher_model", "datasets.0.teacher_model")),
+    "not a number": ({"datasets__0__group_size": "x"}, ("datasets.0.group_size=x: expected int",)),
+    "too small": ({"datasets__1__groups_per_batch": 0}, ("datasets.1.groups_per_batch=0: expected 1 or more",)),
+    "a gap": ({"datasets__3__dataset": "arithmetic"}, ("datasets.2",)),
+    "no entry": ({"datasets__0": "x"}, ("datasets.0=x: expected datasets.0.OPTION=VALUE",)),
+    "one name twice": ({"datasets__1__name": "one"}, ("datasets.0.name and datasets.1.name are both 'one'",)),
+    "one route twice": (
+        {"teachers__0__model": "a", "teachers__1__model": "b", "teachers__1__route_value": "a"},
+        ("teachers.0.route_value and teachers.1.route_value are both 'a'",),
+    ),
+    "substeps": ({"num_substeps": 7}, ("num_substeps=7: there are only 6 groups",)),
+    "shorthand": ({"deepmath_groups_per_batch": 5}, ("use datasets.0.groups_per_batch",)),
+    "template kwargs": (
+        {"datasets__1__teacher_chat_template_kwargs": "{"}, ("datasets.1.teacher_chat_template_kwargs={: not JSON",)
+    ),
+    "no such teacher": ({"datasets__1__teacher_model": "./nowhere"}, ("./nowhere: no such folder",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_are_named(case: str, capfd: pytest.CaptureFixture[str], tmp_path: Path, student: str, teacher: str):
+    options, parts = MISTAKES[case]
+    data = arithmetic("one", teacher), arithmetic("two", teacher)
+    err = refused(capfd, tmp_path, argv(tmp_path / "run", student, *data, **options))
+    for part in parts:
+        assert part in err, err
+
+
+def test_a_dataset_without_any_teacher(capfd: pytest.CaptureFixture[str], tmp_path: Path, student: str, teacher: str):
+    data = {"dataset": "arithmetic"}
+    assert "datasets.0 has no teacher" in refused(capfd, tmp_path, argv(tmp_path / "run", student, data))
+    err = refused(capfd, tmp_path, argv(tmp_path / "run", student, data, teachers__0__model=teacher))
+    assert "arithmetic: its rows say no teacher" in err
+
+
+def test_without_datasets_it_is_deepmath_and_tulu3():
+    config = parse_config(recipe.Config, ["tulu3_groups_per_batch=32"], presets=recipe.presets)
+    assert [(data.title, data.groups_per_batch) for data in config.datasets] == [("deepmath", 256), ("tulu3", 32)]
+    assert len(config.teacher_specs()) == 2
+    shown = help_text(recipe.Config, recipe.presets, [])
+    assert "datasets.N.dataset=deepmath, tulu3 (preset)" in shown and "teachers.N.route_value=None" in shown
+
+
+def test_a_dry_run_says_who_judges_what(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, student: str, teacher: str, second: str
+):
+    data = arithmetic("one", teacher), arithmetic("two", second)
+    run(tmp_path / "run", student, *data, dry_run=True)
+    out = capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+    for part in ("datasets.1.name=two", f"12 rows are judged by {second}", f"teacher {teacher} parameters:"):
+        assert part in out, out
