@@ -50,9 +50,15 @@ class Recipe:
     version: int = 1
 
 
-RECIPES = {
+class ShellRecipe(Recipe):
+    """Of a model for the tool demo: see `recipes/embedded_shell.py`."""
+
+
+RECIPES: dict[str, Recipe] = {
     "teacher": Recipe(hidden=128, layers=3, heads=4, steps=260, batch=96, learning_rate=3e-3, seed=1),
     "student": Recipe(hidden=96, layers=2, heads=4, steps=110, batch=128, learning_rate=1e-3, seed=2),
+    "shell-teacher": ShellRecipe(hidden=128, layers=2, heads=4, steps=80, batch=8, learning_rate=5e-3, seed=1),
+    "shell-student": ShellRecipe(hidden=96, layers=2, heads=4, steps=48, batch=8, learning_rate=5e-3, seed=2),
 }
 
 
@@ -99,6 +105,11 @@ def char_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _make(recipe: Recipe, folder: Path) -> None:
+    if isinstance(recipe, ShellRecipe):
+        from recipes import embedded_shell  # here, because only this needs the tasks and what they import
+
+        embedded_shell.make(recipe, folder)
+        return
     use_fast_exact_matmul()
     tokenizer = char_tokenizer()
     with torch.random.fork_rng(devices=[]):

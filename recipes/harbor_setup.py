@@ -11,7 +11,7 @@ import chz
 from envs.datasets import Row
 from envs.harbor.attempt import HarborSettings
 from envs.harbor.dataset import HarborDataset, load_harbor_dataset
-from envs.harbor.env import TOOL_SCHEMA, HarborEnvGroupBuilder
+from envs.harbor.env import SYSTEM_PROMPT, TOOL_SCHEMA, HarborEnvGroupBuilder
 from envs.harbor.sandboxes import DockerSandboxes, base_images
 from envs.rendering import Renderer
 from errors import ConfigError, SandboxUnavailableError
@@ -19,11 +19,6 @@ from recipes.setup import CheckedModels
 from sandbox.base_image import REPOSITORY, ensure_base_image
 from sandbox.docker_engine import connect
 from sandbox.reap import reap
-
-SYSTEM_PROMPT = (
-    "You work on a task in a Linux sandbox, through a bash shell that stays open. Look at what is there before you "
-    "change it, and check what you have done. When the task is done, say so in a message without a tool call."
-)
 
 
 @chz.chz

@@ -21,6 +21,10 @@ from sandbox.types import SandboxFactory
 from tool_use.agent_env import AgentToolMessageEnv, build_agent_tool_env
 
 TOOL_SCHEMA = HarborBashTool.schema()
+SYSTEM_PROMPT = (
+    "You work on a task in a Linux sandbox, through a bash shell that stays open. Look at what is there before you "
+    "change it, and check what you have done. When the task is done, say so in a message without a tool call."
+)
 
 
 def user_message(step: Step) -> Message:

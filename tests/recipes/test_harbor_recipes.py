@@ -22,7 +22,8 @@ from training.run_dir import read_metrics
 
 SMALL = {
     "task_names": "edit-json,sum-csv,mend-script", "group_size": 2, "groups_per_batch": 2, "max_turns": 2,
-    "max_steps": 2, "max_tokens": 12, "max_trajectory_tokens": 2500, "lora_rank": 0, "learning_rate": 1e-2, "system_prompt": "",
+    "max_steps": 2, "max_tokens": 12, "max_trajectory_tokens": 2500, "lora_rank": 0, "learning_rate": 1e-2,
+    "system_prompt": "",
     "eval_every": 0, "save_every": 0, "device": "cpu", "sampler_slots": 8,
 }  # fmt: skip
 
