@@ -1,0 +1,272 @@
+"""Run a teacher once, and keep what it said: its likeliest tokens at every position, in a file.
+
+    .venv/bin/python -m recipes.capture_teacher
+    .venv/bin/python -m recipes.capture_teacher teacher_model=./teacher dataset=answers.jsonl top_k=32
+    .venv/bin/python -m recipes.capture_teacher teacher_model=./teacher dataset=prompts.jsonl completions=teacher
+
+`recipes.offline_distillation` trains from the file as often as you like, without the teacher. Stop a capture
+whenever you like; the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import anyio
+import anyio.to_thread
+import chz
+
+from envs.datasets import Row, fingerprint
+from envs.given import GivenGroupBuilder, answer_ids
+from envs.rendering import tokenizer_fingerprint
+from envs.rollout import derive_seed
+from envs.sources import load_dataset_rows, locate
+from envs.types import Episode, EpisodeLog, Observation, Sampled, SamplingParams, StopReason
+from errors import ConfigError, DataError
+from models.device_thread import compute
+from models.transformers_sampler import TransformersSampler
+from models.transformers_scorer import TransformersScorer
+from models.types import TeacherTopK
+from recipes import setup
+from recipes.cli import run_cli
+from recipes.config import DEFAULT_TOP_K, TrainConfig
+from training.capture import CaptureHeader, CaptureWriter, capture_writer, captured
+
+BATCH = 32
+"""Examples that are scored and written together: what a kill can cost."""
+DEFAULT_MAX_TOKENS = 512
+
+
+@chz.chz
+class Config:
+    """One teacher over one dataset."""
+
+    teacher_model: str = chz.field(doc="the teacher: hub id, local folder or .gguf file")
+    teacher_checkpoint: str | None = chz.field(default=None, doc="the teacher's weights: HF folder or adapter")
+    teacher_system_prompt: str | None = chz.field(
+        default=None, doc="system message that the teacher sees; default: system_prompt, '' for none"
+    )
+    teacher_chat_template_kwargs: str | None = chz.field(
+        default=None, doc="JSON object for the teacher's chat template; default: chat_template_kwargs"
+    )
+    model_name: str | None = chz.field(
+        default=None, doc="the student, in whose chat format the sequences are written; default: the teacher's own"
+    )
+    system_prompt: str | None = chz.field(default=None, doc="system message for rows that have none")
+    chat_template_kwargs: str = chz.field(default="{}", doc="JSON object for the student's chat template")
+    dataset: str = chz.field(default="arithmetic", doc="arithmetic, deepmath, tulu3, gsm8k, or a path to JSONL")
+    dataset_path: str | None = chz.field(default=None, doc="a local copy of the named dataset: file or folder")
+    max_rows: int | None = chz.field(default=None, doc="use at most this many training rows")
+    completions: Literal["given", "teacher"] = chz.field(
+        default="given", doc="given: the rows' own answers; teacher: answers that the teacher samples"
+    )
+    max_tokens: int | None = chz.field(
+        default=None, doc=f"completions=teacher: longest answer, in tokens; default {DEFAULT_MAX_TOKENS}"
+    )
+    top_k: int = chz.field(default=DEFAULT_TOP_K, doc="tokens kept at every position")
+    temperature: float = chz.field(default=1.0, doc="of the teacher's logprobs and of its answers")
+    output_path: str = chz.field(default="teacher_capture.jsonl", doc="the file to write, or to go on with")
+    device: str = chz.field(default="auto", doc="auto, cpu, cuda or cuda:N")
+    dtype: Literal["auto", "float32", "bfloat16"] = chz.field(default="auto", doc="of the computation")
+    micro_batch_tokens: int | None = chz.field(
+        default=None, doc="as in training; four times as many are scored at once"
+    )
+    seed: int = 0
+
+    @chz.validate
+    def _check(self) -> None:
+        for name in ("top_k", "max_rows", "max_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value}: expected 1 or more")
+        if self.max_tokens is not None and self.completions == "given":
+            raise ConfigError("max_tokens is of completions=teacher: given answers are as long as they are")
+        if not Path(self.output_path).absolute().parent.is_dir():
+            raise ConfigError(f"output_path={self.output_path}: its folder does not exist")
+        self.as_training()
+
+    def as_training(self) -> TrainConfig:
+        """The same models as a training run would see them, which is how they are loaded and checked."""
+        own_format = self.model_name is None
+        return TrainConfig(
+            model_name=self.model_name or self.teacher_model,
+            load_checkpoint_path=self.teacher_checkpoint if own_format else None,
+            teacher_model=self.teacher_model,
+            teacher_checkpoint=self.teacher_checkpoint,
+            system_prompt=self.system_prompt,
+            teacher_system_prompt=self.teacher_system_prompt,
+            chat_template_kwargs=self.chat_template_kwargs,
+            teacher_chat_template_kwargs=self.teacher_chat_template_kwargs,
+            temperature=self.temperature,
+            device=self.device,
+            dtype=self.dtype,
+            micro_batch_tokens=self.micro_batch_tokens,
+            seed=self.seed,
+        )
+
+
+def presets(given: dict[str, str]) -> dict[str, Any]:
+    dataset = given.get("dataset", "arithmetic")
+    if dataset != "arithmetic":
+        locate(dataset, given.get("dataset_path"))  # a typo is named here, not the options that it did not bring
+        return {}
+    longest = {"max_tokens": 24} if given.get("completions") == "teacher" else {}  # the models' context is small
+    return {"teacher_model": "embedded:teacher", "max_rows": 2000, **longest}
+
+
+def main(config: Config) -> None:
+    checked = check(config)
+    anyio.run(_capture, config, checked)
+    size = Path(config.output_path).stat().st_size
+    header = checked.header
+    print(f"{config.output_path}: {header.examples} examples, top {header.top_k}, {size / 2**20:.1f} MiB")
+    print(f"train from it: python -m recipes.offline_distillation capture_path={config.output_path} model_name=…")
+
+
+# --- what is checked before anything is loaded
+
+
+@dataclass(frozen=True)
+class Checked:
+    rows: Sequence[Row]
+    models: setup.CheckedModels
+    header: CaptureHeader
+
+
+def check(config: Config) -> Checked:
+    """Every check that needs no weights. Raises `UserError`s."""
+    data = load_dataset_rows(
+        config.dataset, config.dataset_path, eval_size=0, seed=config.seed, max_rows=config.max_rows
+    )
+    for row in data.train:
+        if row.teacher not in (None, config.teacher_model):
+            raise DataError(
+                f"{row.row_id}: its teacher is {row.teacher!r}, this capture is of {config.teacher_model!r}"
+            )
+        if config.completions == "given" and row.completion is None:
+            raise DataError(
+                f"{row.row_id}: has no completion. Give one, or let the teacher answer: completions=teacher"
+            )
+    training = config.as_training()
+    models = setup.check_models(training)
+    checked = Checked(data.train, models, _header(config, training, data.name, data.train, models))
+    _check_lengths(config, checked)
+    return checked
+
+
+def _header(
+    config: Config, training: TrainConfig, dataset: str, rows: Sequence[Row], models: setup.CheckedModels
+) -> CaptureHeader:
+    student, teacher = models.student_renderer, models.only_teacher
+    made_from = [fingerprint(rows), teacher.renderer.fingerprint, config.completions]
+    if config.completions == "teacher":
+        made_from += [config.seed, _max_tokens(config)]
+    return CaptureHeader(
+        teacher=config.teacher_model,
+        weights=teacher.weights,
+        tokenizer=tokenizer_fingerprint(student.tokenizer),
+        format=student.fingerprint,
+        top_k=config.top_k,
+        temperature=training.comparison_temperature(),
+        dataset=dataset,
+        examples=len(rows),
+        made_from=hashlib.sha256(repr(made_from).encode()).hexdigest(),
+    )
+
+
+def _check_lengths(config: Config, checked: Checked) -> None:
+    limit = checked.models.context_length
+    if limit is None:
+        return
+    student, teacher = checked.models.student_renderer, checked.models.only_teacher.renderer
+    for row in checked.rows:
+        answer = _max_tokens(config) if row.completion is None or config.completions == "teacher" else 0
+        answer = answer or len(answer_ids(student, row.completion or ""))
+        prompts = (student.prompt(row.messages), teacher.prompt(row.teacher_messages or row.messages))
+        if (length := max(map(len, prompts)) + answer) > limit:
+            raise DataError(
+                f"{row.row_id}: {length} tokens with its answer, the models' context is {limit}. "
+                "Shorten it or leave it out"
+            )
+
+
+def _max_tokens(config: Config) -> int:
+    return config.max_tokens or DEFAULT_MAX_TOKENS
+
+
+# --- the capture
+
+
+async def _capture(config: Config, checked: Checked) -> None:
+    with capture_writer(Path(config.output_path), checked.header) as writer:
+        if len(writer.done) < checked.header.examples:
+            await _write(config, checked, writer)
+
+
+async def _write(config: Config, checked: Checked, writer: CaptureWriter) -> None:
+    training, models, rows = config.as_training(), checked.models, checked.rows
+    teacher = models.only_teacher
+    lm = await compute(setup.load_teacher, training, models, teacher)
+    scorer = TransformersScorer(
+        config.teacher_model,
+        lm,
+        temperature=checked.header.temperature,
+        token_budget=4 * training.token_budget(models.device),
+    )
+    async with TransformersSampler(lm, teacher.renderer.tokenizer, slots=BATCH) as sampler:
+        # why: batches by position, not of what is left: a capture that went on then rounds like one that did not
+        for start in range(0, len(rows), BATCH):
+            batch = rows[start : start + BATCH]
+            if all(row.row_id in writer.done for row in batch):
+                continue
+            if config.completions == "given":
+                answers = [answer_ids(models.student_renderer, row.completion or "") for row in batch]
+            else:
+                answers = await _sampled(config, batch, models, sampler)
+                await sampler.sleep()
+            episodes = [_episode(checked, row, ids) for row, ids in zip(batch, answers, strict=True)]
+            signals = await scorer.score([teacher.views.view(e) for e in episodes], TeacherTopK(config.top_k))
+            found = [captured(e, s) for e, s in zip(episodes, signals, strict=True) if e.row_id not in writer.done]
+            await anyio.to_thread.run_sync(writer.append, found)
+            print(f"{min(start + BATCH, len(rows))} of {len(rows)} examples")
+
+
+def _episode(checked: Checked, row: Row, ids: Sequence[int]) -> Episode:
+    """What the student would have written. Its logprobs are not known, and nothing reads them: 0 keeps their place."""
+    log = EpisodeLog(Observation(checked.models.student_renderer.prompt(row.messages), row.messages))
+    log.append_sampled(Sampled(list(ids), [0.0] * len(ids), stopped=True))
+    builder = GivenGroupBuilder(checked.header.dataset, row.row_id, checked.header.teacher, row.teacher_messages, ())
+    return log.finish(builder, StopReason.COMPLETED, 0.0, {}, {})
+
+
+async def _sampled(
+    config: Config, rows: Sequence[Row], models: setup.CheckedModels, sampler: TransformersSampler
+) -> list[list[int]]:
+    """The teacher's answers in its own format, with the student's end of turn."""
+    renderer, swap = models.only_teacher.renderer, models.only_teacher.views.swap
+    mine = {} if swap is None else {swap[0]: swap[1], swap[1]: swap[0]}
+    answers: dict[int, list[int]] = {}
+
+    async def one(i: int, row: Row) -> None:
+        params = SamplingParams(
+            max_tokens=_max_tokens(config),
+            stop=renderer.stop,
+            temperature=config.temperature,
+            seed=derive_seed(config.seed, row.row_id),
+        )
+        sampled = await sampler.sample(renderer.prompt(row.teacher_messages or row.messages), params)
+        answers[i] = [mine.get(token, token) for token in sampled.token_ids]
+
+    async with anyio.create_task_group() as tasks:
+        for i, row in enumerate(rows):
+            tasks.start_soon(one, i, row)
+    return [answers[i] for i in range(len(rows))]
+
+
+if __name__ == "__main__":
+    run_cli(main, Config, presets=presets, argv=sys.argv[1:])

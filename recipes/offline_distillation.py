@@ -1,0 +1,235 @@
+"""Train a student on what a teacher said once: from a file of `recipes.capture_teacher`, the teacher is never loaded.
+
+    .venv/bin/python -m recipes.offline_distillation model_name=./student capture_path=teacher_capture.jsonl
+    .venv/bin/python -m recipes.offline_distillation model_name=./student objective=jsd beta=0.5 top_k=8
+
+Nothing is sampled: the student learns at the positions of given sequences. Stop it whenever you like; the same
+command goes on where it stopped. Measure the result with `recipes.evaluate`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import anyio
+import chz
+
+from envs.datasets import Cursor, Row
+from envs.given import GivenGroupBuilder
+from envs.rendering import tokenizer_fingerprint
+from errors import ConfigError, DataError, TokenizerMismatchError
+from models.device_thread import compute_blocking
+from models.teacher_view import ViewMaker
+from recipes import setup
+from recipes.cli import run_cli
+from recipes.config import check_objective_options
+from recipes.student_config import StudentConfig, check_at_least
+from recipes.training_run import print_summary
+from training.capture import Capture, CapturedScorer, CaptureHeader, read_capture, read_header
+from training.collect import Teacher
+from training.distribution_losses import JSD, Support, Tail, TopKForwardKL
+from training.loop import DatasetPlan, Loop, LoopConfig
+from training.objectives import Objective
+from training.progress import Progress
+from training.report import write_report
+from training.run_dir import RunDir, open_run_dir
+from training.trackers import check_trackers, open_trackers
+
+logger = logging.getLogger(__name__)
+
+_NOT_HERE = ("max_tokens", "sampler_slots", "eval_every")
+"""Options of every student that have no meaning where nothing is sampled."""
+
+
+@chz.chz
+class Config(StudentConfig):
+    """Distillation from a capture file."""
+
+    capture_path: str = chz.field(default="teacher_capture.jsonl", doc="a complete file of recipes.capture_teacher")
+    objective: Literal["topk_forward_kl", "jsd"] = chz.field(
+        default="topk_forward_kl",
+        doc="topk_forward_kl: cross-entropy against the teacher's top_k tokens; jsd: divergence on a support",
+    )
+    beta: float = chz.field(default=1.0, doc="jsd: 0 is forward KL, 1 is reverse KL, between them Jensen-Shannon")
+    support: Support = chz.field(
+        default="teacher_topk", doc="jsd: teacher_topk or sampled; what else there is needs a teacher that is loaded"
+    )
+    top_k: int | None = chz.field(
+        default=None, doc="the teacher's likeliest tokens to use; default: all that there are"
+    )
+    tail: Tail | None = chz.field(
+        default=None, doc="jsd: the tokens outside are one more outcome (bucket, the default) or left out"
+    )
+    groups_per_batch: int = chz.field(default=64, doc="examples per step")
+
+    @chz.validate
+    def _check(self) -> None:
+        check_objective_options(self)
+        check_at_least(self, {"groups_per_batch": 1, "top_k": 1})
+        if self.support not in ("teacher_topk", "sampled"):
+            raise ConfigError(
+                f"support={self.support} needs the teacher's whole distribution, of which a capture holds the top k. "
+                "Possible here: support=teacher_topk, support=sampled, and objective=topk_forward_kl"
+            )
+        fields = chz.chz_fields(StudentConfig)
+        for name in _NOT_HERE:
+            if getattr(self, name) != fields[name]._default:
+                raise ConfigError(f"{name}: nothing is sampled here; leave it out, and measure with recipes.evaluate")
+        self.make_objective(captured=self.top_k or 2)
+
+    def make_objective(self, captured: int) -> Objective:
+        """For a file that holds the top `captured`. Raises `ConfigError`."""
+        if self.objective == "jsd" and self.support == "sampled":
+            return JSD(beta=self.beta, support="sampled", top_k=self.top_k, tail=self.tail)
+        top_k = self.top_k or captured
+        if top_k > captured:
+            raise ConfigError(f"top_k={top_k}: {self.capture_path} holds the teacher's top {captured}")
+        if self.objective == "jsd":
+            return JSD(beta=self.beta, support="teacher_topk", top_k=top_k, tail=self.tail)
+        return TopKForwardKL(top_k)
+
+    def comparison_temperature(self) -> float:
+        """The one that the capture was made at. Raises `DataError`."""
+        return read_header(self.capture_path).temperature
+
+    def loop(self, steps_of_one_epoch: int) -> LoopConfig:
+        return replace(super().loop(steps_of_one_epoch), temperature=self.comparison_temperature())
+
+
+def main(config: Config) -> None:
+    checked = check(config)
+    if config.dry_run:
+        print(f"{config.capture_path}: {len(checked.capture.examples)} examples of {checked.capture.header.teacher}")
+        print(f"objective: {checked.objective}")
+        print(f"{config.loop(_steps(config, checked)).max_steps} steps of {config.groups_per_batch} examples")
+        print("\n".join(setup.memory_lines(config, checked.models)))
+        print("dry run: no weights were loaded, no run was started")
+        return
+    run_dir = open_run_dir(
+        log_path(config),
+        {**chz.asdict(config), "capture": asdict(checked.capture.header)},  # another file is another run
+        config.behavior_if_log_dir_exists,
+        may_differ=config.may_differ_on_resume(),
+    )
+    with run_dir:
+        try:
+            latest = run_dir.latest_checkpoint() if run_dir.resumed else None
+            run_dir.rewind(latest[0] if latest else -1)
+            parts = compute_blocking(setup.build_engines, config, checked.models, latest[1] if latest else None)
+            anyio.run(_train, config, checked, parts, run_dir)
+        except BaseException:
+            run_dir.discard_if_empty()  # an empty folder would only refuse the corrected command
+            raise
+
+
+# --- what is checked before anything is loaded
+
+
+@dataclass(frozen=True)
+class Checked:
+    capture: Capture
+    models: setup.CheckedModels
+    objective: Objective
+
+
+def check(config: Config) -> Checked:
+    """Every check that needs no weights. Raises `UserError`s."""
+    check_trackers([*config.trackers, *(["wandb"] if config.wandb_project else [])])
+    capture = read_capture(config.capture_path)
+    objective = config.make_objective(captured=capture.header.top_k)
+    models = setup.check_models(config)
+    _check_tokenizer(config, capture.header, models)
+    longest = max(capture.examples, key=lambda example: len(example.input_ids))
+    if models.context_length is not None and len(longest.input_ids) > models.context_length:
+        raise DataError(
+            f"{config.capture_path}: {longest.row_id} has {len(longest.input_ids)} tokens, the student's context is "
+            f"{models.context_length}. Capture shorter rows"
+        )
+    return Checked(capture, models, objective)
+
+
+def _check_tokenizer(config: Config, header: CaptureHeader, models: setup.CheckedModels) -> None:
+    student = models.student_renderer
+    if tokenizer_fingerprint(student.tokenizer) != header.tokenizer:
+        raise TokenizerMismatchError(
+            f"{config.capture_path} was captured of {header.teacher} with another tokenizer than the student's "
+            f"({config.model_name}): its ids mean something else there. Use a student with that tokenizer, or capture "
+            f"anew with model_name={config.model_name}"
+        )
+    if student.fingerprint != header.format:
+        logger.warning(
+            "%s is written in another chat format than the student's own: it will learn that format. "
+            "To keep its own, capture with its model_name, system_prompt and chat_template_kwargs",
+            config.capture_path,
+        )
+
+
+def log_path(config: Config) -> Path:
+    """The run's folder: as given, or named after what is trained, so that the same command finds it again."""
+    if config.log_path is not None:
+        return Path(config.log_path)
+    name = f"{Path(config.capture_path).stem}-{Path(config.model_name).name}"
+    return Path("runs", "offline_distillation-" + re.sub(r"[^\w.-]+", "-", name))
+
+
+# --- the run
+
+
+def _steps(config: Config, checked: Checked) -> int:
+    return -(-len(checked.capture.examples) // config.groups_per_batch)
+
+
+def plan(config: Config, capture: Capture) -> DatasetPlan:
+    """Every example as a row, and its sequence as the row's one episode."""
+    header = capture.header
+    examples = {example.row_id: example for example in capture.examples}
+
+    def builder(row: Row) -> GivenGroupBuilder:
+        episode = examples[row.row_id].episode(header.dataset, header.teacher)
+        return GivenGroupBuilder(header.dataset, row.row_id, header.teacher, None, (episode,))
+
+    rows = [Row(row_id, ()) for row_id in examples]  # only names: the sequences are there already
+    return DatasetPlan(header.dataset, Cursor(rows, seed=config.seed), config.groups_per_batch, builder)
+
+
+def teachers(capture: Capture, models: setup.CheckedModels) -> dict[str, Teacher]:
+    """The file in the teacher's place. It reads what the student reads, id by id."""
+    views = ViewMaker(models.student_renderer, models.student_renderer)
+    return {capture.header.teacher: Teacher(CapturedScorer(capture), views)}
+
+
+async def _train(config: Config, checked: Checked, parts: setup.Engines, run_dir: RunDir) -> None:
+    loop_config = config.loop(_steps(config, checked))
+    options: dict[str, Any] = chz.asdict(config)
+    with Progress(loop_config.max_steps, str(run_dir.path)) as progress:
+        loop = Loop(
+            config=loop_config,
+            plans=[plan(config, checked.capture)],
+            eval_sets=[],
+            sampler=parts.sampler,
+            teachers=teachers(checked.capture, checked.models),
+            learner=parts.learner,
+            objective=checked.objective,
+            renderer=checked.models.student_renderer,
+            run_dir=run_dir,
+            trackers=open_trackers(config.trackers, run_dir.path, options, wandb_project=config.wandb_project),
+            progress=progress,
+        )
+        if (latest := run_dir.latest_checkpoint()) is not None:
+            loop.restore(latest[1])
+            progress.message(f"resumed at step {loop.step} from {latest[1]}")
+        try:
+            await loop.run()
+        finally:
+            loop.trackers.close()
+    write_report(run_dir.path)
+    print_summary(run_dir)
+
+
+if __name__ == "__main__":
+    run_cli(main, Config, argv=sys.argv[1:])

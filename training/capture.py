@@ -1,0 +1,294 @@
+"""What a teacher said, in a file: written once, one example a line, and read instead of the teacher.
+
+The first line is the header, every other an example: ids, which spans of them train, and per position the
+teacher's likeliest ids with their logprobs, empty where nothing trains. As everywhere, what stands at a
+position is about its own token.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+
+from envs.types import Episode, StopReason, Turn
+from errors import ConfigError, DataError, TeacherError
+from models.types import Signal, SignalKind, SignalSpec, TeacherTopK, TeacherView
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class CaptureHeader:
+    """Who said it of what, and how. A capture goes on only where all of this is the same."""
+
+    teacher: str
+    weights: str  # fingerprint of the teacher's
+    tokenizer: str  # fingerprint of the tokenizer that gives the ids their meaning
+    format: str  # fingerprint of the chat format that the ids are written in
+    top_k: int
+    temperature: float
+    dataset: str
+    examples: int  # lines that a complete file has after this one
+    made_from: str  # fingerprint of the rows and of what turned them into ids
+
+
+@dataclass(frozen=True)
+class Example:
+    """One captured sequence of T tokens, n of which train."""
+
+    row_id: str
+    input_ids: np.ndarray  # int32 [T]
+    spans: tuple[tuple[int, int], ...]  # [start, end) of what trains, in order
+    logprobs: np.ndarray  # float32 [n], of the tokens themselves
+    topk_ids: np.ndarray  # int32 [n, k]
+    topk_logprobs: np.ndarray  # float32 [n, k]
+
+    def signal(self) -> Signal:
+        return Signal(
+            logprobs=torch.from_numpy(self.logprobs),
+            topk_ids=torch.from_numpy(self.topk_ids.astype(np.int64)),
+            topk_logprobs=torch.from_numpy(self.topk_logprobs),
+        )
+
+    def episode(self, dataset: str, teacher: str) -> Episode:
+        """The sequence as an attempt. Nobody knows with which probability it was written, so the teacher's stands in
+        for the sampler's: ratios then compare the student with the teacher, and no distribution loss reads them."""
+        sampled = np.zeros(len(self.input_ids), dtype=bool)
+        for start, end in self.spans:
+            sampled[start:end] = True
+        logprobs = np.full(len(sampled), np.nan, dtype=np.float32)
+        logprobs[sampled] = self.logprobs
+        return Episode(
+            dataset=dataset,
+            row_id=self.row_id,
+            teacher=teacher,
+            prompt_messages=(),
+            teacher_messages=None,
+            token_ids=self.input_ids,
+            sampled=sampled,
+            sampler_logprobs=logprobs,
+            turns=tuple(Turn(start, end) for start, end in self.spans),
+            stop_reason=StopReason.COMPLETED,
+        )
+
+
+def captured(episode: Episode, signal: Signal) -> Example:
+    assert signal.topk_ids is not None and signal.topk_logprobs is not None and signal.logprobs is not None
+    return Example(
+        row_id=episode.row_id,
+        input_ids=episode.token_ids,
+        spans=tuple((turn.start, turn.end) for turn in episode.turns),
+        logprobs=signal.logprobs.numpy(),
+        topk_ids=signal.topk_ids.numpy().astype(np.int32),
+        topk_logprobs=signal.topk_logprobs.numpy(),
+    )
+
+
+# --- writing
+
+
+class CaptureWriter:
+    """Appends examples to a file. `done`: the ids of those that are there."""
+
+    def __init__(self, file: IO[bytes], done: frozenset[str]) -> None:
+        self._file = file
+        self.done = done
+
+    def append(self, examples: Sequence[Example]) -> None:
+        """Returns when they are on the disk."""
+        self._file.write(b"".join(_line(_to_json(example)) for example in examples))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+@contextmanager
+def capture_writer(path: Path, header: CaptureHeader) -> Iterator[CaptureWriter]:
+    """A new capture at `path`, or the one there, without a last line that a kill cut off. Raises `ConfigError` if that
+    is another capture, or if another process is writing it."""
+    try:
+        file = open(path, "ab+")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise ConfigError(f"output_path={path}: cannot write there ({error.strerror})") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # why: two writers would mix their lines
+        except BlockingIOError:
+            raise ConfigError(f"output_path={path}: another process is capturing into this file") from None
+        file.seek(0)
+        done, whole, ours = [], 0, _line(_header_json(header))
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                if not (whole or ours.startswith(line)):
+                    raise ConfigError(f"output_path={path} is not a capture: give another path")
+                break
+            if number == 1:
+                _refuse_other(path, _header(path, line), header)
+            else:
+                done.append(_parsed(path, number, line)["id"])
+            whole += len(line)
+        file.truncate(whole)  # what a kill cut off
+        if not whole:
+            file.write(ours)
+            file.flush()
+        yield CaptureWriter(file, frozenset(done))
+
+
+def _refuse_other(path: Path, there: CaptureHeader, now: CaptureHeader) -> None:
+    different = [field.name for field in fields(now) if getattr(there, field.name) != getattr(now, field.name)]
+    if different:
+        name = different[0]
+        raise ConfigError(
+            f"output_path={path} holds another capture: its {name} is {getattr(there, name)!r}, now it would be "
+            f"{getattr(now, name)!r}. Give another path, or delete the file"
+        )
+
+
+def _line(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, allow_nan=False).encode() + b"\n"
+
+
+def _header_json(header: CaptureHeader) -> dict[str, Any]:
+    return {"protege_capture": VERSION, **asdict(header)}
+
+
+def _to_json(example: Example) -> dict[str, Any]:
+    length = len(example.input_ids)
+    ids: list[list[int]] = [[] for _ in range(length)]
+    topk: list[list[float]] = [[] for _ in range(length)]
+    own: list[float | None] = [None] * length
+    positions = [i for start, end in example.spans for i in range(start, end)]
+    rows = zip(positions, _shortest(example.logprobs), example.topk_ids.tolist(), strict=True)
+    for i, logprob, row in rows:
+        own[i], ids[i] = logprob, row
+    for i, row in zip(positions, example.topk_logprobs, strict=True):
+        topk[i] = _shortest(row)
+    return {
+        "id": example.row_id,
+        "input_ids": example.input_ids.tolist(),
+        "trained": [list(span) for span in example.spans],
+        "logprobs": own,
+        "topk_ids": ids,
+        "topk_logprobs": topk,
+    }
+
+
+def _shortest(values: np.ndarray) -> list[float]:
+    """The shortest decimals that read back as the same float32: half the size of float64's."""
+    return values.astype(str).astype(np.float64).tolist()
+
+
+# --- reading
+
+
+@dataclass(frozen=True)
+class Capture:
+    header: CaptureHeader
+    examples: tuple[Example, ...]
+
+
+def read_header(path: str | Path) -> CaptureHeader:
+    """Raises `DataError`."""
+    try:
+        with open(path, "rb") as file:
+            return _header(path, file.readline())
+    except OSError as error:
+        raise DataError(f"capture_path={path}: cannot be read ({error.strerror})") from error
+
+
+def read_capture(path: str | Path) -> Capture:
+    """A complete capture. Raises `DataError`, naming the line, for one that is not."""
+    header = read_header(path)
+    examples = []
+    with open(path, "rb") as file:
+        file.readline()
+        for number, line in enumerate(file, 2):
+            if not line.endswith(b"\n"):
+                raise DataError(f"{path}:{number}: the last line is cut off. {_GO_ON}")
+            examples.append(_example(path, number, line, header))
+    if len(examples) != header.examples:
+        raise DataError(f"{path}: holds {len(examples)} of {header.examples} examples. {_GO_ON}")
+    ids = {example.row_id for example in examples}
+    if len(ids) != len(examples):
+        raise DataError(f"{path}: {len(examples) - len(ids)} examples are there twice. Capture anew")
+    return Capture(header, tuple(examples))
+
+
+_GO_ON = "Run the command that captured it once more: it goes on where it stopped"
+
+
+def _header(path: str | Path, line: bytes) -> CaptureHeader:
+    try:
+        value = json.loads(line)
+        if value.pop("protege_capture") != VERSION:
+            raise DataError(f"{path}: a capture of another version of Protege. Capture anew")
+        return CaptureHeader(**value)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(
+            f"{path}: its first line is not the header of a capture. Expected a file that recipes.capture_teacher wrote"
+        ) from None
+
+
+def _parsed(path: str | Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+        if isinstance(value, dict) and isinstance(value.get("id"), str):
+            return value
+    except ValueError:
+        pass
+    raise DataError(f"{path}:{number}: not an example of a capture. Capture anew")
+
+
+def _example(path: str | Path, number: int, line: bytes, header: CaptureHeader) -> Example:
+    row = _parsed(path, number, line)
+    try:
+        spans = tuple((int(start), int(end)) for start, end in row["trained"])
+        positions = [i for start, end in spans for i in range(start, end)]
+        example = Example(
+            row_id=row["id"],
+            input_ids=np.array(row["input_ids"], dtype=np.int32),
+            spans=spans,
+            logprobs=np.array([row["logprobs"][i] for i in positions], dtype=np.float32),
+            topk_ids=np.array([row["topk_ids"][i] for i in positions], dtype=np.int32),
+            topk_logprobs=np.array([row["topk_logprobs"][i] for i in positions], dtype=np.float32),
+        )
+        if example.topk_ids.shape != (len(positions), header.top_k):
+            raise ValueError(f"expected {header.top_k} ids at every trained position")
+        example.signal()
+        example.episode("", "")
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise DataError(f"{path}:{number}: a broken example ({error}). Capture anew") from error
+    return example
+
+
+# --- in place of a teacher
+
+
+class CapturedScorer:
+    """`Scorer` that looks up what was captured: the teacher is never loaded."""
+
+    def __init__(self, capture: Capture) -> None:
+        self.name = capture.header.teacher
+        self.temperature = capture.header.temperature
+        self._top_k = capture.header.top_k
+        self._examples = {example.input_ids.tobytes(): example for example in capture.examples}
+
+    async def score(self, views: Sequence[TeacherView], need: SignalSpec) -> list[Signal]:
+        """Raises `TeacherError` for a sequence, or a signal, that was not captured."""
+        if need is SignalKind.FULL or (isinstance(need, TeacherTopK) and need.k > self._top_k):
+            raise TeacherError(f"the capture of {self.name} holds its top {self._top_k}, not {need}")
+        return [self._signal(view) for view in views]
+
+    def _signal(self, view: TeacherView) -> Signal:
+        example = self._examples.get(view.token_ids.astype(np.int32).tobytes())
+        if example is None or view.swap is not None:
+            raise TeacherError(f"the capture of {self.name} does not hold this sequence")
+        return example.signal()
