@@ -35,12 +35,16 @@ async def run_episode(
 ) -> Episode:
     """One attempt, turn by turn. The sampler is always sent the log as it stands, never a new rendering.
     What the env holds is given back as soon as the attempt ends, however it ends."""
-    try:
-        return await _run_turns(env, sampler, builder, temperature=temperature, seed=seed)
-    finally:
-        if isinstance(env, Closable):
-            with anyio.CancelScope(shield=True):
+    with anyio.CancelScope() as scope:
+        try:
+            return await _run_turns(env, sampler, builder, temperature=temperature, seed=seed)
+        finally:
+            if isinstance(env, Closable):
+                # Not a scope of its own: a task group that the env has opened must be left inside of the scope that it
+                # was entered in.
+                scope.shield = True
                 await env.aclose()
+    raise AssertionError("nobody cancels this scope")
 
 
 async def _run_turns(env: Env, sampler: Sampler, builder: EnvGroupBuilder, *, temperature: float, seed: int) -> Episode:

@@ -408,6 +408,17 @@ class Notebook:
             self.closed += 1
 
 
+class Client(Notebook):
+    """One that keeps a task running, as clients of tool servers do."""
+
+    @asynccontextmanager
+    async def use(self) -> AsyncIterator[list[Any]]:
+        async with super().use() as tools, anyio.create_task_group() as tasks:
+            tasks.start_soon(anyio.sleep_forever)
+            yield tools
+            tasks.cancel_scope.cancel()
+
+
 async def test_each_attempt_has_tools_of_its_own():
     student = Student(HERMES, *[add(1)] * 3, *["done"] * 3)
     done = await run_group(group(make_calculator), student, temperature=1.0, seed=1)
@@ -438,9 +449,10 @@ async def test_what_an_episode_holds_is_given_back_when_it_ends_not_when_its_gro
     assert (notebook.opened, notebook.closed) == (2, 2)
 
 
+@pytest.mark.parametrize("held", [Notebook, Client])
 @pytest.mark.parametrize("failure", ["infrastructure", "bug", "cancelled", "reward"])
-async def test_what_an_episode_holds_is_given_back_however_it_ends(failure: str):
-    notebook = Notebook()
+async def test_what_an_episode_holds_is_given_back_however_it_ends(failure: str, held: type[Notebook]):
+    notebook = held()
 
     class Failing(ScriptedStudent):
         async def sample(self, *args: Any) -> Any:
