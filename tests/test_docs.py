@@ -27,13 +27,20 @@ from envs import arithmetic
 from envs.datasets import parse_row
 from envs.sources import JSONL_SUFFIXES, locate
 from errors import UserError
-from recipes import embedded, evaluate, on_policy_distillation, training_run
+from recipes import (
+    capture_teacher,
+    embedded,
+    evaluate,
+    offline_distillation,
+    on_policy_distillation,
+    training_run,
+)
 from recipes.cli import Option, options, parse_config
 from training import loop
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-ALL_OF_IT_RUNS = {"distil-your-own-prompts.md"}
+ALL_OF_IT_RUNS = {"distil-your-own-prompts.md", "distribution-losses-and-capture.md"}
 CODE = (
     "*.py",
     *(
@@ -41,7 +48,12 @@ CODE = (
         for folder in ("envs", "sandbox", "tool_use", "models", "training", "recipes", "benchmarks", "tests")
     ),
 )
-RUN_HERE = (evaluate, on_policy_distillation)  # the others need an engine for containers, or have tests of their own
+RUN_HERE = (
+    evaluate,
+    on_policy_distillation,
+    capture_teacher,
+    offline_distillation,
+)  # the others need an engine for containers, or have tests of their own
 SHRINK = 50
 """100 steps become 2, the checkpoint `step_000100` becomes `step_000002`, and `[:2000]` rows become 40."""
 
@@ -150,18 +162,23 @@ def shrunk(text: str) -> str:
 
 
 def overrides(module: ModuleType, argv: list[str]) -> list[str]:
-    small = {"eval_size": 8, "device": "cpu", "sampler_slots": 8}
+    small: dict[str, Any] = {"device": "cpu"}
+    if module in (evaluate, on_policy_distillation):
+        small |= {"eval_size": 8, "sampler_slots": 8}
     if module is on_policy_distillation:
         small |= {"groups_per_batch": 4, "eval_every": 0, "eval_teacher": False}
-        if not any(pair.startswith("max_steps=") for pair in argv):
-            small["max_steps"] = 2
+    if module is capture_teacher:
+        small |= {"max_rows": 40}
+    if module in (on_policy_distillation, offline_distillation):
+        small |= {} if any(pair.startswith("max_steps=") for pair in argv) else {"max_steps": 2}
     return [f"{name}={value}" for name, value in small.items()]
 
 
 def is_here(config: Any) -> bool:
     """Whether models and data are embedded, or files that this page has made."""
-    names = [config.model_name, config.teacher_model, config.load_checkpoint_path, config.teacher_checkpoint]
-    data = config.dataset_path or config.dataset
+    models = ("model_name", "teacher_model", "load_checkpoint_path", "teacher_checkpoint")
+    names = [getattr(config, model, None) for model in models]
+    data = getattr(config, "capture_path", None) or config.dataset_path or config.dataset
     return (data == "arithmetic" or Path(data).exists()) and all(
         name.startswith(embedded.PREFIX) or Path(name).exists() for name in names if name is not None
     )

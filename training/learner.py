@@ -23,7 +23,7 @@ from torch import Tensor
 from errors import CheckpointError, ProtegeError
 from models.causal_lm import CausalLM
 from models.types import Head, Signal, SignalKind, SignalSpec, TeacherTopK
-from training.objectives import Objective, TokenBatch, token_logprobs
+from training.objectives import RATIO_METRICS, Objective, TokenBatch, token_logprobs
 from training.packing import PackedBatch, TrainingItem, pack, token_weights
 from training.weight_gradients import accumulated_in_place
 
@@ -271,7 +271,9 @@ def _run_ends(batch: PackedBatch, need: SignalSpec) -> list[int]:
 
 def _per_item(batch: PackedBatch, metrics: dict[str, Float[Tensor, " n"]]) -> list[ItemMetrics]:
     split = {name: values.double().cpu().split(batch.counts) for name, values in metrics.items()}
-    return [
-        ItemMetrics(count, {name: pieces[k].numpy() for name, pieces in split.items()})
-        for k, count in enumerate(batch.counts)
-    ]
+    found = []
+    for k, (item, count) in enumerate(zip(batch.items, batch.counts, strict=True)):
+        known = np.isfinite(item.episode.sampler_logprobs).any()  # not of given answers
+        names = [name for name in split if known or name not in RATIO_METRICS]
+        found.append(ItemMetrics(count, {name: split[name][k].numpy() for name in names}))
+    return found

@@ -187,6 +187,10 @@ class ReverseKL:
         return LossOutput(loss, metrics)
 
 
+RATIO_METRICS = frozenset({"ratio", "ratio_truncated", "mismatch_kl"})
+"""Of these there are none for tokens whose sampler nobody knows."""
+
+
 def ratio_metrics(
     logprobs: Float[Tensor, " n"], sampler_logprobs: Float[Tensor, " n"], is_cap: float
 ) -> dict[str, Float[Tensor, " n"]]:
