@@ -53,6 +53,18 @@ def _tulu3_row(record: Record) -> Record | None:
     return {"messages": messages[: last_user + 1], "completion": replies[-1] if replies else None}
 
 
+_ROLE_OF = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+
+
+def _openthoughts3_row(record: Record) -> Record | None:
+    """A conversation whose last turn is the answer: a long chain of thought and a solution."""
+    turns = record["conversations"]
+    if not turns or _ROLE_OF.get(turns[-1]["from"]) != "assistant" or not turns[-1]["value"]:
+        return None
+    messages = [{"role": _ROLE_OF.get(turn["from"], turn["from"]), "content": turn["value"]} for turn in turns[:-1]]
+    return {"messages": messages, "completion": turns[-1]["value"]} if messages else None
+
+
 @dataclass(frozen=True)
 class Source:
     """A dataset on the Hugging Face hub, and how to read its records."""
@@ -68,6 +80,7 @@ class Source:
 SOURCES: dict[str, Source] = {
     "deepmath": Source("zwhe99/DeepMath-103K", ("question", "final_answer"), _deepmath_row, "math"),
     "tulu3": Source("allenai/tulu-3-sft-mixture", ("messages",), _tulu3_row, "exact"),
+    "openthoughts3": Source("open-thoughts/OpenThoughts3-1.2M", ("conversations",), _openthoughts3_row, "exact"),
     "gsm8k": Source("openai/gsm8k", ("question", "answer"), _gsm8k_row, "math", "main", "test"),
 }
 NAMES = ("arithmetic", *SOURCES)

@@ -198,7 +198,10 @@ class Episode:
             raise ValueError("the sampled mask does not match the turns' spans")
         if not mask.any() or mask[0]:
             raise ValueError("an episode needs a prompt and at least one sampled token")
-        if (np.isfinite(self.sampler_logprobs) != mask).any():
+        self._check_logprobs()
+
+    def _check_logprobs(self) -> None:
+        if (np.isfinite(self.sampler_logprobs) != self.sampled).any():
             raise ValueError("sampler logprobs must be finite on sampled tokens and NaN elsewhere")
 
     def __len__(self) -> int:

@@ -149,12 +149,12 @@ def check_prompt_lengths(
     data: Dataset,
     models: CheckedModels,
     *,
-    teacher_of: Callable[[Row], str],
+    teacher_of: Callable[[Row], str] | None,
     max_tokens: int,
     max_prompt_tokens: int | None,
     drop: bool,
 ) -> Dataset:
-    """Refuse, or `drop`, rows whose prompt leaves no room for `max_tokens`, the student's or its teacher's.
+    """Refuse, or `drop`, rows whose prompt leaves no room for `max_tokens`, the student's or (if any) its teacher's.
 
     Raises `DataError`, `ConfigError`."""
     limit = max_prompt_tokens
@@ -173,10 +173,10 @@ def check_prompt_lengths(
     }
 
     def too_long(row: Row) -> bool:
-        for messages, renderer in (
-            (row.messages, models.student_renderer),
-            (row.teacher_messages or row.messages, models.teachers[teacher_of(row)].renderer),
-        ):
+        reads = [(row.messages, models.student_renderer)]
+        if teacher_of is not None:
+            reads.append((row.teacher_messages or row.messages, models.teachers[teacher_of(row)].renderer))
+        for messages, renderer in reads:
             # A token has at least one byte: most rows need no rendering to be seen to fit.
             size = sum(len(json.dumps(m, default=str)) + 16 for m in messages) + added[id(renderer)]
             if size > limit and (tokens := len(renderer.prompt(messages))) > limit:

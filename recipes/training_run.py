@@ -17,8 +17,10 @@ from models.device_thread import compute_blocking
 from models.transformers_sampler import TransformersSampler
 from recipes import setup
 from recipes.config import OnPolicyConfig
+from recipes.student_config import StudentConfig
 from training.evaluation import EvalSet, evaluate
 from training.loop import DatasetPlan, Loop
+from training.objectives import Objective
 from training.progress import Progress
 from training.report import write_report
 from training.run_dir import RunDir, open_run_dir
@@ -35,9 +37,10 @@ class TrainingRun:
     eval_sets: Sequence[EvalSet]
     teacher_sets: Mapping[str, Sequence[EvalSet]]
     steps_per_epoch: int
+    objective: Objective | None = None  # None: the one that the options name
 
 
-def train(config: OnPolicyConfig, run: TrainingRun) -> None:
+def train(config: StudentConfig, run: TrainingRun) -> None:
     """The whole run, from the last checkpoint of `run.path` or from the beginning."""
     run_dir = open_run_dir(
         run.path,
@@ -60,7 +63,7 @@ def _resume_folder(run_dir: RunDir) -> Path | None:
     return latest[1] if latest else None
 
 
-async def _train(config: OnPolicyConfig, run: TrainingRun, parts: setup.Engines, run_dir: RunDir) -> None:
+async def _train(config: StudentConfig, run: TrainingRun, parts: setup.Engines, run_dir: RunDir) -> None:
     for teacher in parts.teachers.values():
         await probe_scorer(teacher.scorer, probe_view(teacher.views))
     loop_config = config.loop(run.steps_per_epoch)
@@ -72,7 +75,7 @@ async def _train(config: OnPolicyConfig, run: TrainingRun, parts: setup.Engines,
             sampler=parts.sampler,
             teachers=parts.teachers,
             learner=parts.learner,
-            objective=config.make_objective(),
+            objective=_objective(config, run),
             renderer=run.models.student_renderer,
             run_dir=run_dir,
             trackers=open_trackers(
@@ -83,7 +86,7 @@ async def _train(config: OnPolicyConfig, run: TrainingRun, parts: setup.Engines,
         if (latest := run_dir.latest_checkpoint()) is not None:
             loop.restore(latest[1])
             progress.message(f"resumed at step {loop.step} from {latest[1]}")
-        if config.eval_teacher and not _has_evaluated_teachers(run_dir):
+        if isinstance(config, OnPolicyConfig) and config.eval_teacher and not _has_evaluated_teachers(run_dir):
             await _evaluate_teachers(config, run, parts, loop)
         try:
             await loop.run()
@@ -91,6 +94,13 @@ async def _train(config: OnPolicyConfig, run: TrainingRun, parts: setup.Engines,
             loop.trackers.close()
     write_report(run_dir.path)
     print_summary(run_dir)
+
+
+def _objective(config: StudentConfig, run: TrainingRun) -> Objective:
+    if run.objective is not None:
+        return run.objective
+    assert isinstance(config, OnPolicyConfig)
+    return config.make_objective()
 
 
 async def _evaluate_teachers(config: OnPolicyConfig, run: TrainingRun, parts: setup.Engines, loop: Loop) -> None:
@@ -124,7 +134,12 @@ def _has_evaluated_teachers(run_dir: RunDir) -> bool:
 
 
 def print_dry_run(
-    config: OnPolicyConfig, run: TrainingRun, data: Sequence[str], prompt: Sequence[int], teacher: str
+    config: StudentConfig,
+    run: TrainingRun,
+    data: Sequence[str],
+    prompt: Sequence[int],
+    teacher: str | None = None,
+    answer: str = "what the student samples",
 ) -> None:
     """The resolved configuration, the data, the first prompt by mask, the teacher's alignment, and memory."""
     tokens = run.models.student_renderer.tokenizer.decode(prompt)
@@ -140,10 +155,10 @@ def print_dry_run(
         *(Text(f"  {line}") for line in data),
         *(Text(f"  {steps} steps of {plan.groups_per_batch} groups of {plan.name}") for plan in run.plans),
         Text(f"first prompt, {len(prompt)} tokens (dim: not trained on, green: trained on)", "bold"),
-        Text.assemble((tokens, "dim"), (" … what the student samples", "bold green")),
-        Text("teachers", "bold"),
+        Text.assemble((tokens, "dim"), (f" … {answer}", "bold green")),
+        *([Text("teachers", "bold")] if run.models.teachers else []),
         *(Text(f"  {line}") for checked in run.models.teachers.values() for line in checked.report.lines()),
-        Text(f"  {teacher}"),
+        *([Text(f"  {teacher}")] if teacher else []),
         Text("memory", "bold"),
         *(Text(f"  {line}") for line in setup.memory_lines(config, run.models)),
         Text("dry run: no weights were loaded, no run was started", "bold"),
@@ -153,6 +168,7 @@ def print_dry_run(
 
 
 SUMMED_UP = (
+    ("loss on given answers per token", "nll"),
     ("exact reverse KL per token", "exact_reverse_kl"),
     ("accuracy, greedy", "accuracy"),
     ("accuracy, sampled", "sampled_accuracy"),
@@ -163,8 +179,8 @@ SUMMED_UP = (
 def print_summary(run_dir: RunDir) -> None:
     """Before and after on the held-out rows, and where everything is."""
     rows = run_dir.read_metrics()
-    ends = [name.removeprefix("eval/").removesuffix("length") for row in rows for name in row if _is_length(name)]
-    lines = [line for scope in dict.fromkeys(ends) for line in _before_and_after(rows, scope)]
+    scopes = dict.fromkeys(scope for row in rows for name in row if (scope := _scope(name)) is not None)
+    lines = [line for scope in scopes for line in _before_and_after(rows, scope)]
     if lines:
         print("held out, before -> after:")
         print("\n".join(lines))
@@ -175,13 +191,17 @@ def print_summary(run_dir: RunDir) -> None:
     print(f"curves:        open {run_dir.report_path} in a browser; the numbers are in {run_dir.metrics_path.name}")
 
 
-def _is_length(name: str) -> bool:
-    return name == "eval/length" or (name.startswith("eval/") and name.endswith("/length"))
+def _scope(name: str) -> str | None:
+    """Of a metric that every evaluation of a dataset has: its name and a slash, or nothing if it is the only one."""
+    for measure in ("length", "nll"):
+        if name == f"eval/{measure}" or (name.startswith("eval/") and name.endswith(f"/{measure}")):
+            return name.removeprefix("eval/").removesuffix(measure)
+    return None
 
 
 def _before_and_after(rows: Sequence[Mapping[str, Any]], scope: str) -> list[str]:
     """One line per measure of the held-out rows of one dataset; `scope` is its name and a slash, or nothing."""
-    students = [row for row in rows if f"eval/{scope}length" in row]
+    students = [row for row in rows if row.keys() & {f"eval/{scope}length", f"eval/{scope}nll"}]
     first, last = students[0], students[-1]
     lines = []
     for label, measure in SUMMED_UP:

@@ -20,7 +20,8 @@ from training.collect import Collected, Teacher, collect
 from training.distribution_losses import JSD
 from training.learner import ItemMetrics, Learner
 from training.metrics import StageTimer
-from training.objectives import Objective, ReverseKL
+from training.objectives import SFT, Objective, ReverseKL
+from training.packing import TrainingItem
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class EvalSet:
     rows: Sequence[Row]
     grader: GraderName | None
     builder: Callable[[Row, int], EnvGroupBuilder]
+    answers: Sequence[Episode] = ()  # given ones to the rows: how unlikely they are to the student is measured
 
     @property
     def rewarded(self) -> bool:
@@ -57,12 +59,13 @@ async def evaluate(
     samples: int,
     seed: int,
     judge: Judge | None = None,
+    learner: Learner | None = None,
 ) -> dict[str, float]:
     """Greedy and sampled attempts at every row, as a flat dict of `eval/…` metrics.
 
     Accuracy is over rows with an `expected_answer`; rows that bring a reward are attempted by sampling
-    alone. Standard errors are over rows: attempts at one row are not independent. Raises `NoSignalError` if
-    every attempt was dropped.
+    alone. With a `learner`, the loss on given answers is measured too. Standard errors are over rows:
+    attempts at one row are not independent. Raises `NoSignalError` if every attempt was dropped.
     """
     graded = [row for row in eval_set.rows if row.expected_answer is not None and not eval_set.rewarded]
     timer = StageTimer()
@@ -74,6 +77,11 @@ async def evaluate(
         )  # fmt: skip
         metrics |= await _accuracy(eval_set, greedy, renderer, "eval/accuracy")
         metrics |= _shape(greedy, "eval/greedy_")
+    if eval_set.answers and learner is not None:
+        await sampler.sleep()
+        items = [TrainingItem(answer, None) for answer in eval_set.answers]
+        measured = await compute(learner.measure, items, SFT())
+        metrics |= _token_mean(measured, [answer.row_id for answer in eval_set.answers], "nll", "eval/nll")
     if samples:
         exact = judge is not None and judge.exact
         need = SignalKind.NONE if judge is None else SignalKind.FULL if exact else SignalKind.SAMPLED

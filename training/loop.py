@@ -236,7 +236,7 @@ class Loop:
                 eval_set, self.sampler, self.renderer,
                 temperature=self.config.temperature, samples=self.config.eval_samples,
                 seed=derive_seed(self.config.seed, "eval"),  # the same draws at every evaluation
-                judge=judge,
+                judge=judge, learner=self.learner,
             )  # fmt: skip
             scope = f"eval/{eval_set.name}/" if len(self.eval_sets) > 1 else "eval/"
             row |= {name.replace("eval/", scope, 1): value for name, value in metrics.items()}

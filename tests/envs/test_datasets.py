@@ -411,6 +411,7 @@ def test_the_hub_is_asked_for_each_source_as_it_is_published(monkeypatch):
     assert asked == [
         ("zwhe99/DeepMath-103K", None, "train"),
         ("allenai/tulu-3-sft-mixture", None, "train"),
+        ("open-thoughts/OpenThoughts3-1.2M", None, "train"),
         ("openai/gsm8k", "main", "train"),
         ("openai/gsm8k", "main", "test"),
     ]
