@@ -31,8 +31,10 @@ from recipes import (
     capture_teacher,
     embedded,
     evaluate,
+    off_policy_reasoning,
     offline_distillation,
     on_policy_distillation,
+    on_policy_multi_teacher,
     training_run,
 )
 from recipes.cli import Option, options, parse_config
@@ -40,7 +42,7 @@ from training import loop
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-ALL_OF_IT_RUNS = {"distil-your-own-prompts.md", "distribution-losses-and-capture.md"}
+ALL_OF_IT_RUNS = {"distil-your-own-prompts.md", "distribution-losses-and-capture.md", "several-teachers.md"}
 CODE = (
     "*.py",
     *(
@@ -53,6 +55,8 @@ RUN_HERE = (
     on_policy_distillation,
     capture_teacher,
     offline_distillation,
+    on_policy_multi_teacher,
+    off_policy_reasoning,
 )  # the others need an engine for containers, or have tests of their own
 SHRINK = 50
 """100 steps become 2, the checkpoint `step_000100` becomes `step_000002`, and `[:2000]` rows become 40."""
@@ -95,11 +99,12 @@ def recipe_of(words: list[str]) -> str | None:
 
 def parse(module: ModuleType, argv: list[str]) -> Any:
     """The config that a command gives. A path to data need not exist; a named dataset must."""
-    dataset = next((pair.removeprefix("dataset=") for pair in argv if pair.startswith("dataset=")), "arithmetic")
-    is_path = "/" in dataset or dataset.endswith(JSONL_SUFFIXES)
-    if not is_path:
+    datasets = [found[1] for pair in argv if (found := re.fullmatch(r"(?:datasets\.\d+\.)?dataset=(.*)", pair))]
+    named = [dataset for dataset in datasets if not ("/" in dataset or dataset.endswith(JSONL_SUFFIXES))]
+    for dataset in named:
         locate(dataset, None)
-    return parse_config(module.Config, argv, presets=None if is_path else getattr(module, "presets", None))
+    presets = None if len(named) < len(datasets) else getattr(module, "presets", None)
+    return parse_config(module.Config, argv, presets=presets)
 
 
 def command_problem(words: list[str]) -> str | None:
@@ -167,8 +172,15 @@ def overrides(module: ModuleType, argv: list[str]) -> list[str]:
         small |= {"eval_size": 8, "sampler_slots": 8}
     if module is on_policy_distillation:
         small |= {"groups_per_batch": 4, "eval_every": 0, "eval_teacher": False}
-    if module is capture_teacher:
+    if module is capture_teacher and not any(pair.startswith("episodes_path=") for pair in argv):
         small |= {"max_rows": 40}
+    if module is on_policy_multi_teacher:
+        entries = {re.match(r"datasets\.\d+\.", pair)[0] for pair in argv if pair.startswith("datasets.")}  # type: ignore[index]
+        small |= {
+            f"{entry}{name}": size for entry in entries for name, size in (("groups_per_batch", 4), ("eval_size", 8))
+        }
+    if module is off_policy_reasoning:
+        small |= {"batch_size": 4, "eval_size": 8}
     if module in (on_policy_distillation, offline_distillation):
         small |= {} if any(pair.startswith("max_steps=") for pair in argv) else {"max_steps": 2}
     return [f"{name}={value}" for name, value in small.items()]
@@ -177,9 +189,14 @@ def overrides(module: ModuleType, argv: list[str]) -> list[str]:
 def is_here(config: Any) -> bool:
     """Whether models and data are embedded, or files that this page has made."""
     models = ("model_name", "teacher_model", "load_checkpoint_path", "teacher_checkpoint")
-    names = [getattr(config, model, None) for model in models]
-    data = getattr(config, "capture_path", None) or config.dataset_path or config.dataset
-    return (data == "arithmetic" or Path(data).exists()) and all(
+    parts = [config, *getattr(config, "datasets", ()), *getattr(config, "teachers", ())]
+    names = [getattr(part, model, None) for part in parts for model in (*models, "model")]
+    data = [
+        getattr(part, "capture_path", None) or part.dataset_path or part.dataset
+        for part in parts
+        if hasattr(part, "capture_path") or hasattr(part, "dataset")
+    ]
+    return all(name == "arithmetic" or Path(name).exists() for name in data) and all(
         name.startswith(embedded.PREFIX) or Path(name).exists() for name in names if name is not None
     )
 
@@ -286,7 +303,8 @@ def dotted_problem(name: str) -> str | None:
 
 def option_problem(pair: str) -> str | None:
     key, _, value = pair.partition("=")
-    types = [option.type for option in all_options() if option.name == key]
+    general = re.sub(r"(?<=\.)\d+(?=\.)", "N", key)  # as `--help` lists the options of a list's entries
+    types = [option.type for option in all_options() if option.name == general]
     if not types:
         return f"{pair}: no recipe has this option"
     choices = [typing.get_args(t) if typing.get_origin(t) is typing.Literal else None for t in types]
