@@ -3,6 +3,8 @@
     .venv/bin/python -m recipes.capture_teacher
     .venv/bin/python -m recipes.capture_teacher teacher_model=./teacher dataset=answers.jsonl top_k=32
     .venv/bin/python -m recipes.capture_teacher teacher_model=./teacher dataset=prompts.jsonl completions=teacher
+    .venv/bin/python -m recipes.capture_teacher teacher_model=./teacher model_name=./student completions=saved \
+        episodes_path=runs/mine
 
 `recipes.offline_distillation` trains from the file as often as you like, without the teacher. Stop a capture
 whenever you like; the same command goes on where it stopped.
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +23,7 @@ import anyio
 import anyio.to_thread
 import chz
 
-from envs.datasets import Row, fingerprint
+from envs.datasets import Dataset, Row, fingerprint
 from envs.given import GivenGroupBuilder, answer_ids
 from envs.rendering import tokenizer_fingerprint
 from envs.rollout import derive_seed
@@ -29,6 +31,7 @@ from envs.sources import load_dataset_rows, locate
 from envs.types import Episode, EpisodeLog, Observation, Sampled, SamplingParams, StopReason
 from errors import ConfigError, DataError
 from models.device_thread import compute
+from models.loading import load_config
 from models.transformers_sampler import TransformersSampler
 from models.transformers_scorer import TransformersScorer
 from models.types import TeacherTopK
@@ -36,6 +39,7 @@ from recipes import setup
 from recipes.cli import run_cli
 from recipes.config import DEFAULT_TOP_K, TrainConfig
 from training.capture import CaptureHeader, CaptureWriter, capture_writer, captured
+from training.saved_episodes import read_saved_episodes
 
 BATCH = 32
 """Examples that are scored and written together: what a kill can cost."""
@@ -61,9 +65,13 @@ class Config:
     chat_template_kwargs: str = chz.field(default="{}", doc="JSON object for the student's chat template")
     dataset: str = chz.field(default="arithmetic", doc="arithmetic, deepmath, tulu3, gsm8k, or a path to JSONL")
     dataset_path: str | None = chz.field(default=None, doc="a local copy of the named dataset: file or folder")
-    max_rows: int | None = chz.field(default=None, doc="use at most this many training rows")
-    completions: Literal["given", "teacher"] = chz.field(
-        default="given", doc="given: the rows' own answers; teacher: answers that the teacher samples"
+    max_rows: int | None = chz.field(default=None, doc="use at most this many training rows, or saved episodes")
+    completions: Literal["given", "teacher", "saved"] = chz.field(
+        default="given",
+        doc="given: the rows' own answers; teacher: answers that the teacher samples; saved: episodes of a run",
+    )
+    episodes_path: str | None = chz.field(
+        default=None, doc="completions=saved: the run's folder, or one file of its episodes"
     )
     max_tokens: int | None = chz.field(
         default=None, doc=f"completions=teacher: longest answer, in tokens; default {DEFAULT_MAX_TOKENS}"
@@ -84,8 +92,17 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value}: expected 1 or more")
-        if self.max_tokens is not None and self.completions == "given":
-            raise ConfigError("max_tokens is of completions=teacher: given answers are as long as they are")
+        if self.max_tokens is not None and self.completions != "teacher":
+            raise ConfigError("max_tokens is of completions=teacher: other answers are as long as they are")
+        saved = self.completions == "saved"
+        if saved != (self.episodes_path is not None):
+            raise ConfigError("completions=saved and episodes_path go together: give both, or neither")
+        if saved and self.model_name is None:
+            raise ConfigError("completions=saved needs model_name, the student that wrote the episodes")
+        if saved and (self.dataset, self.dataset_path) != ("arithmetic", None):
+            raise ConfigError(
+                "completions=saved captures the episodes of episodes_path: leave dataset and dataset_path out"
+            )
         if not Path(self.output_path).absolute().parent.is_dir():
             raise ConfigError(f"output_path={self.output_path}: its folder does not exist")
         self.as_training()
@@ -112,6 +129,8 @@ class Config:
 
 def presets(given: dict[str, str]) -> dict[str, Any]:
     dataset = given.get("dataset", "arithmetic")
+    if given.get("completions") == "saved":
+        return {}
     if dataset != "arithmetic":
         locate(dataset, given.get("dataset_path"))  # a typo is named here, not the options that it did not bring
         return {}
@@ -136,10 +155,27 @@ class Checked:
     rows: Sequence[Row]
     models: setup.CheckedModels
     header: CaptureHeader
+    saved: Mapping[str, Episode]  # by row id; empty unless that is what is captured
 
 
 def check(config: Config) -> Checked:
     """Every check that needs no weights. Raises `UserError`s."""
+    training = config.as_training()
+    if config.episodes_path is not None:
+        saved = {episode.row_id: episode for episode in read_saved_episodes(config.episodes_path)[: config.max_rows]}
+        rows = [Row(name, tuple(episode.prompt_messages)) for name, episode in saved.items()]
+        name, models = next(iter(saved.values())).dataset, setup.check_models(training)
+        _check_saved(saved, models)
+    else:
+        data = _rows(config)
+        name, rows, saved, models = data.name, data.train, {}, setup.check_models(training)
+    header = _header(config, training, name, rows, models, saved)
+    checked = Checked(rows, models, header, saved)
+    _check_lengths(config, checked)
+    return checked
+
+
+def _rows(config: Config) -> Dataset:
     data = load_dataset_rows(
         config.dataset, config.dataset_path, eval_size=0, seed=config.seed, max_rows=config.max_rows
     )
@@ -152,20 +188,36 @@ def check(config: Config) -> Checked:
             raise DataError(
                 f"{row.row_id}: has no completion. Give one, or let the teacher answer: completions=teacher"
             )
-    training = config.as_training()
-    models = setup.check_models(training)
-    checked = Checked(data.train, models, _header(config, training, data.name, data.train, models))
-    _check_lengths(config, checked)
-    return checked
+    return data
+
+
+def _check_saved(saved: Mapping[str, Episode], models: setup.CheckedModels) -> None:
+    ids = max(int(episode.token_ids.max()) for episode in saved.values())
+    if ids >= (size := load_config(models.student).get_text_config().vocab_size):
+        raise DataError(f"episodes_path: holds id {ids}, the student has {size}. Give the model_name that wrote them")
+    if models.student_renderer.fingerprint == models.only_teacher.renderer.fingerprint:
+        return
+    for name, episode in saved.items():
+        if len(episode.turns) > 1:
+            raise DataError(
+                f"{name}: has several turns, whose messages are not saved, so that a teacher of another chat format "
+                "cannot read it. Use a teacher of the student's format, or a live run"
+            )
 
 
 def _header(
-    config: Config, training: TrainConfig, dataset: str, rows: Sequence[Row], models: setup.CheckedModels
+    config: Config,
+    training: TrainConfig,
+    dataset: str,
+    rows: Sequence[Row],
+    models: setup.CheckedModels,
+    saved: Mapping[str, Episode],
 ) -> CaptureHeader:
     student, teacher = models.student_renderer, models.only_teacher
-    made_from = [fingerprint(rows), teacher.renderer.fingerprint, config.completions]
+    made_from: list[Any] = [fingerprint(rows), teacher.renderer.fingerprint, config.completions]
     if config.completions == "teacher":
         made_from += [config.seed, _max_tokens(config)]
+    made_from += [hashlib.sha256(e.token_ids.tobytes() + e.sampled.tobytes()).hexdigest() for e in saved.values()]
     return CaptureHeader(
         teacher=config.teacher_model,
         weights=teacher.weights,
@@ -185,9 +237,12 @@ def _check_lengths(config: Config, checked: Checked) -> None:
         return
     student, teacher = checked.models.student_renderer, checked.models.only_teacher.renderer
     for row in checked.rows:
-        answer = _max_tokens(config) if row.completion is None or config.completions == "teacher" else 0
-        answer = answer or len(answer_ids(student, row.completion or ""))
-        prompts = (student.prompt(row.messages), teacher.prompt(row.teacher_messages or row.messages))
+        prompts = [student.prompt(row.messages), teacher.prompt(row.teacher_messages or row.messages)]
+        answer = _max_tokens(config)
+        if row.row_id in checked.saved:
+            answer = len(checked.saved[row.row_id]) - len(prompts[0])
+        elif config.completions == "given":
+            answer = len(answer_ids(student, row.completion or ""))
         if (length := max(map(len, prompts)) + answer) > limit:
             raise DataError(
                 f"{row.row_id}: {length} tokens with its answer, the models' context is {limit}. "
@@ -224,16 +279,24 @@ async def _write(config: Config, checked: Checked, writer: CaptureWriter) -> Non
             batch = rows[start : start + BATCH]
             if all(row.row_id in writer.done for row in batch):
                 continue
-            if config.completions == "given":
-                answers = [answer_ids(models.student_renderer, row.completion or "") for row in batch]
-            else:
-                answers = await _sampled(config, batch, models, sampler)
-                await sampler.sleep()
-            episodes = [_episode(checked, row, ids) for row, ids in zip(batch, answers, strict=True)]
+            episodes = await _episodes(config, checked, batch, sampler)
             signals = await scorer.score([teacher.views.view(e) for e in episodes], TeacherTopK(config.top_k))
             found = [captured(e, s) for e, s in zip(episodes, signals, strict=True) if e.row_id not in writer.done]
             await anyio.to_thread.run_sync(writer.append, found)
             print(f"{min(start + BATCH, len(rows))} of {len(rows)} examples")
+
+
+async def _episodes(
+    config: Config, checked: Checked, rows: Sequence[Row], sampler: TransformersSampler
+) -> list[Episode]:
+    if checked.saved:
+        return [checked.saved[row.row_id] for row in rows]
+    if config.completions == "given":
+        answers = [answer_ids(checked.models.student_renderer, row.completion or "") for row in rows]
+    else:
+        answers = await _sampled(config, rows, checked.models, sampler)
+        await sampler.sleep()
+    return [_episode(checked, row, ids) for row, ids in zip(rows, answers, strict=True)]
 
 
 def _episode(checked: Checked, row: Row, ids: Sequence[int]) -> Episode:

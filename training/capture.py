@@ -260,13 +260,19 @@ def _example(path: str | Path, number: int, line: bytes, header: CaptureHeader) 
             topk_ids=np.array([row["topk_ids"][i] for i in positions], dtype=np.int32),
             topk_logprobs=np.array([row["topk_logprobs"][i] for i in positions], dtype=np.float32),
         )
-        if example.topk_ids.shape != (len(positions), header.top_k):
-            raise ValueError(f"expected {header.top_k} ids at every trained position")
-        example.signal()
-        example.episode("", "")
+        _check_example(example, header)
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise DataError(f"{path}:{number}: a broken example ({error}). Capture anew") from error
     return example
+
+
+def _check_example(example: Example, header: CaptureHeader) -> None:
+    """Raises `ValueError` for what could not be trained on."""
+    trained, k = sum(end - start for start, end in example.spans), example.topk_ids.shape[-1]
+    if example.topk_ids.shape != (trained, k) or not 1 <= k <= header.top_k:  # fewer: a smaller vocabulary
+        raise ValueError(f"expected up to {header.top_k} ids at every trained position")
+    example.signal()
+    example.episode("", "")
 
 
 # --- in place of a teacher

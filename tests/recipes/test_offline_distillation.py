@@ -37,8 +37,9 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def capture(folder: Path, models: Models, rows: list[dict[str, Any]] | None = None, **options: Any) -> Path:
     data = write(folder / "answers.jsonl", ANSWERS if rows is None else rows)
+    source = {} if "episodes_path" in options else {"dataset": data}
     given = {
-        **models, "dataset": data, "top_k": 4, "device": "cpu", "output_path": folder / "capture.jsonl", **options
+        **models, **source, "top_k": 4, "device": "cpu", "output_path": folder / "capture.jsonl", **options
     }  # fmt: skip
     recipe = capture_teacher
     recipe.main(parse_config(recipe.Config, [f"{k}={v}" for k, v in given.items()], presets=recipe.presets))
@@ -120,6 +121,31 @@ def test_the_teachers_own_answers(tmp_path: Path, models: Models):
     assert max(lengths) <= 5 and len({tuple(row["input_ids"]) for row in found}) == 6
     again = capture(tmp_path, models, rows, completions="teacher", max_tokens=5, output_path=tmp_path / "again.jsonl")
     assert again.read_bytes() == file.read_bytes()
+
+
+def test_a_vocabulary_smaller_than_top_k_is_kept_whole(tmp_path: Path, models: Models):
+    file = capture(tmp_path, models, ANSWERS[:4], top_k=500)
+    row = examples(file)[0]
+    assert len(row["topk_ids"][-1]) == len(char_tokenizer()) + 3  # the teacher's embedding is padded
+    (step,) = training_rows(train(tmp_path / "run", models, file, max_steps=1, top_k=400))
+    assert step["no_teacher_mass"] == 0 and step["topk_mass"] < 1  # without what only the teacher has
+
+
+def test_saved_episodes_say_again_what_the_teacher_said_live(tmp_path: Path, models: Models):
+    live = tiny_models.run(tmp_path / "live", models, objective="reverse_kl", group_size=2)
+    file = capture(tmp_path, models, completions="saved", episodes_path=live)
+    found = examples(file)
+    assert len(found) == 2 * 4 * 2  # steps, groups, attempts
+    for step, number in ((1, 3), (2, 8)):
+        saved = tiny_models.episodes(live, step)[number - 1]
+        (row,) = (row for row in found if row["id"] == f"step_{step:06d}:{number}")
+        assert row["input_ids"] == saved["token_ids"]
+        mine, theirs = (
+            [x for x in logprobs if x is not None] for logprobs in (row["logprobs"], saved["teacher_logprobs"])
+        )
+        assert mine == pytest.approx(theirs, abs=1e-4)
+    first, *_, last = training_rows(train(tmp_path / "run", models, file, max_steps=20))
+    assert last["loss"] < first["loss"]
 
 
 # --- a capture that was stopped
@@ -311,6 +337,11 @@ CAPTURES: dict[str, tuple[dict[str, Any], list[dict[str, Any]], tuple[str, ...]]
     "too long": ({}, [{**ANSWERS[0], "completion": "1+" * 80}], ("r0: 1", "context is 128")),
     "another teacher": ({}, [{**ANSWERS[0], "teacher": "big"}], ("r0: its teacher is 'big'",)),
     "longest of given answers": ({"max_tokens": 3}, ANSWERS, ("max_tokens is of completions=teacher",)),
+    "saved where": ({"completions": "saved"}, ANSWERS, ("episodes_path", "go together")),
+    "nothing saved": (
+        {"dataset": "arithmetic", "completions": "saved", "episodes_path": "."}, ANSWERS, (".: no episodes there",)
+    ),
+    "saved rows": ({"completions": "saved", "episodes_path": "."}, ANSWERS, ("leave dataset and dataset_path out",)),
     "no tokens": ({"top_k": 0}, ANSWERS, ("top_k=0",)),
     "nowhere": ({"output_path": "no/such/folder.jsonl"}, ANSWERS, ("its folder does not exist",)),
 }  # fmt: skip
