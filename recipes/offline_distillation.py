@@ -14,31 +14,26 @@ import re
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import anyio
 import chz
 
 from envs.datasets import Cursor, Row
 from envs.given import GivenGroupBuilder
 from envs.rendering import tokenizer_fingerprint
 from errors import ConfigError, DataError, TokenizerMismatchError
-from models.device_thread import compute_blocking
 from models.teacher_view import ViewMaker
 from recipes import setup
 from recipes.cli import run_cli
 from recipes.config import check_objective_options
 from recipes.student_config import StudentConfig, check_at_least
-from recipes.training_run import print_summary
+from recipes.training_run import TrainingRun, train
 from training.capture import Capture, CapturedScorer, CaptureHeader, read_capture, read_header
 from training.collect import Teacher
 from training.distribution_losses import JSD, Support, Tail, TopKForwardKL
-from training.loop import DatasetPlan, Loop, LoopConfig
+from training.loop import DatasetPlan, LoopConfig
 from training.objectives import Objective
-from training.progress import Progress
-from training.report import write_report
-from training.run_dir import RunDir, open_run_dir
-from training.trackers import check_trackers, open_trackers
+from training.trackers import check_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -110,21 +105,7 @@ def main(config: Config) -> None:
         print("\n".join(setup.memory_lines(config, checked.models)))
         print("dry run: no weights were loaded, no run was started")
         return
-    run_dir = open_run_dir(
-        log_path(config),
-        {**chz.asdict(config), "capture": asdict(checked.capture.header)},  # another file is another run
-        config.behavior_if_log_dir_exists,
-        may_differ=config.may_differ_on_resume(),
-    )
-    with run_dir:
-        try:
-            latest = run_dir.latest_checkpoint() if run_dir.resumed else None
-            run_dir.rewind(latest[0] if latest else -1)
-            parts = compute_blocking(setup.build_engines, config, checked.models, latest[1] if latest else None)
-            anyio.run(_train, config, checked, parts, run_dir)
-        except BaseException:
-            run_dir.discard_if_empty()  # an empty folder would only refuse the corrected command
-            raise
+    train(config, training_run(config, checked))
 
 
 # --- what is checked before anything is loaded
@@ -203,32 +184,18 @@ def teachers(capture: Capture, models: setup.CheckedModels) -> dict[str, Teacher
     return {capture.header.teacher: Teacher(CapturedScorer(capture), views)}
 
 
-async def _train(config: Config, checked: Checked, parts: setup.Engines, run_dir: RunDir) -> None:
-    loop_config = config.loop(_steps(config, checked))
-    options: dict[str, Any] = chz.asdict(config)
-    with Progress(loop_config.max_steps, str(run_dir.path)) as progress:
-        loop = Loop(
-            config=loop_config,
-            plans=[plan(config, checked.capture)],
-            eval_sets=[],
-            sampler=parts.sampler,
-            teachers=teachers(checked.capture, checked.models),
-            learner=parts.learner,
-            objective=checked.objective,
-            renderer=checked.models.student_renderer,
-            run_dir=run_dir,
-            trackers=open_trackers(config.trackers, run_dir.path, options, wandb_project=config.wandb_project),
-            progress=progress,
-        )
-        if (latest := run_dir.latest_checkpoint()) is not None:
-            loop.restore(latest[1])
-            progress.message(f"resumed at step {loop.step} from {latest[1]}")
-        try:
-            await loop.run()
-        finally:
-            loop.trackers.close()
-    write_report(run_dir.path)
-    print_summary(run_dir)
+def training_run(config: Config, checked: Checked) -> TrainingRun:
+    return TrainingRun(
+        path=log_path(config),
+        models=checked.models,
+        plans=[plan(config, checked.capture)],
+        eval_sets=[],
+        teacher_sets={},
+        steps_per_epoch=_steps(config, checked),
+        objective=checked.objective,
+        captured=teachers(checked.capture, checked.models),
+        identity={"capture": asdict(checked.capture.header)},  # another file is another run
+    )
 
 
 if __name__ == "__main__":

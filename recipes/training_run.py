@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from models.transformers_sampler import TransformersSampler
 from recipes import setup
 from recipes.config import OnPolicyConfig
 from recipes.student_config import StudentConfig
+from training.collect import Teacher
 from training.evaluation import EvalSet, evaluate
 from training.loop import DatasetPlan, Loop
 from training.objectives import Objective
@@ -38,13 +39,17 @@ class TrainingRun:
     teacher_sets: Mapping[str, Sequence[EvalSet]]
     steps_per_epoch: int
     objective: Objective | None = None  # None: the one that the options name
+    captured: Mapping[str, Teacher] = field(
+        default_factory=dict
+    )  # teachers that are files: nothing to load or to probe
+    identity: Mapping[str, Any] = field(default_factory=dict)  # what a resumed run must share besides its options
 
 
 def train(config: StudentConfig, run: TrainingRun) -> None:
     """The whole run, from the last checkpoint of `run.path` or from the beginning."""
     run_dir = open_run_dir(
         run.path,
-        chz.asdict(config),
+        {**chz.asdict(config), **run.identity},
         config.behavior_if_log_dir_exists,
         may_differ=config.may_differ_on_resume(),
     )
@@ -73,7 +78,7 @@ async def _train(config: StudentConfig, run: TrainingRun, parts: setup.Engines, 
             plans=run.plans,
             eval_sets=run.eval_sets,
             sampler=parts.sampler,
-            teachers=parts.teachers,
+            teachers={**parts.teachers, **run.captured},
             learner=parts.learner,
             objective=_objective(config, run),
             renderer=run.models.student_renderer,

@@ -19,6 +19,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
+from envs.given import GivenEpisode
 from envs.types import Episode, StopReason, Turn
 from errors import ConfigError, DataError, TeacherError
 from models.types import Signal, SignalKind, SignalSpec, TeacherTopK, TeacherView
@@ -59,15 +60,12 @@ class Example:
             topk_logprobs=torch.from_numpy(self.topk_logprobs),
         )
 
-    def episode(self, dataset: str, teacher: str) -> Episode:
-        """The sequence as an attempt. Nobody knows with which probability it was written, so the teacher's stands in
-        for the sampler's: ratios then compare the student with the teacher, and no distribution loss reads them."""
+    def episode(self, dataset: str, teacher: str) -> GivenEpisode:
+        """The sequence as an answer that was given."""
         sampled = np.zeros(len(self.input_ids), dtype=bool)
         for start, end in self.spans:
             sampled[start:end] = True
-        logprobs = np.full(len(sampled), np.nan, dtype=np.float32)
-        logprobs[sampled] = self.logprobs
-        return Episode(
+        return GivenEpisode(
             dataset=dataset,
             row_id=self.row_id,
             teacher=teacher,
@@ -75,7 +73,7 @@ class Example:
             teacher_messages=None,
             token_ids=self.input_ids,
             sampled=sampled,
-            sampler_logprobs=logprobs,
+            sampler_logprobs=np.full(len(sampled), np.nan, dtype=np.float32),
             turns=tuple(Turn(start, end) for start, end in self.spans),
             stop_reason=StopReason.COMPLETED,
         )
