@@ -172,7 +172,7 @@ def overrides(module: ModuleType, argv: list[str]) -> list[str]:
         small |= {"eval_size": 8, "sampler_slots": 8}
     if module is on_policy_distillation:
         small |= {"groups_per_batch": 4, "eval_every": 0, "eval_teacher": False}
-    if module is capture_teacher and not any(pair.startswith("episodes_path=") for pair in argv):
+    if module is capture_teacher:
         small |= {"max_rows": 40}
     if module is on_policy_multi_teacher:
         entries = {re.match(r"datasets\.\d+\.", pair)[0] for pair in argv if pair.startswith("datasets.")}  # type: ignore[index]
