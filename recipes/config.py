@@ -67,6 +67,9 @@ class OnPolicyConfig(StudentConfig):
     num_substeps: int = chz.field(default=1, doc="optimizer steps per batch of episodes")
     eval_samples: int = chz.field(default=1, doc="sampled attempts per held-out row (KL, sampled accuracy)")
     eval_teacher: bool = chz.field(default=False, doc="evaluate the teacher once, to know what is within reach")
+    rollouts_only: bool = chz.field(
+        default=False, doc="sample, score and measure, train nothing and save no weights: for episodes/ and metrics"
+    )
     max_dropped_fraction: float = chz.field(default=0.5, doc="fail when a step drops more of its episodes than this")
 
     @chz.validate
@@ -112,6 +115,7 @@ class OnPolicyConfig(StudentConfig):
             temperature=self.comparison_temperature(),
             eval_samples=self.eval_samples,
             max_dropped_fraction=self.max_dropped_fraction,
+            train=not self.rollouts_only,
         )
 
 

@@ -54,6 +54,7 @@ class LoopConfig:
     save_every: int = 0  # 0: at the end only
     keep_checkpoints: int = 0  # 0: all
     max_dropped_fraction: float = 0.5
+    train: bool = True  # False: episodes are made and measured, weights stay as they are and are not saved
     seed: int = 0
 
 
@@ -120,7 +121,7 @@ class Loop:
                 await self._train()
             tasks.cancel_scope.cancel()
         if interrupted:
-            if self.step and self._saved_step() != self.step:
+            if self.step and self.config.train and self._saved_step() != self.step:
                 self.save()
             raise KeyboardInterrupt
 
@@ -132,6 +133,8 @@ class Loop:
         while self.step < self.config.max_steps:
             await self.train_step()
             last = self.step == self.config.max_steps
+            if not self.config.train:
+                continue  # nothing has changed since the first evaluation, and there is nothing to save
             if last or self._due(self.config.eval_every):
                 await self.evaluate()
             if last or self._due(self.config.save_every):
@@ -188,6 +191,9 @@ class Loop:
         """`num_substeps` optimizer steps over the groups, in order. Runs in a worker thread."""
         measured: dict[int, ItemMetrics] = {}
         updates: dict[str, float] = {}
+        if not self.config.train:
+            items = collected.flat
+            return dict(zip(map(id, items), self.learner.measure(items, self.objective), strict=True)), updates
         rate = learning_rate(self.config, self.step)
         for groups in _split(collected.items, self.config.num_substeps):
             items = [item for group in groups for item in group]

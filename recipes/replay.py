@@ -1,0 +1,120 @@
+"""Train alone, on episodes that a run has saved: nothing is sampled. To look at training, or try another objective.
+
+    python -m recipes.replay model_name=./student teacher_model=./teacher saved=runs/mine
+    python -m recipes.replay model_name=./student teacher_model=./teacher saved=runs/mine objective=jsd max_steps=1
+
+Step by step as the run had them, the teacher scores its episodes anew. With the run's own options this trains what
+the run trained. (The reverse, sampling alone, is `rollouts_only=True` of any on-policy recipe.)
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+
+import chz
+
+from envs.datasets import Cursor, Row
+from envs.given import GivenGroupBuilder
+from envs.types import Episode
+from errors import ConfigError, DataError
+from recipes import setup
+from recipes.cli import run_cli
+from recipes.config import TrainConfig
+from recipes.training_run import TrainingRun, print_dry_run, train
+from training.loop import DatasetPlan
+from training.saved_episodes import read_saved_episodes
+from training.trackers import check_trackers
+
+NAME = "replay"
+
+
+@chz.chz
+class Config(TrainConfig):
+    """Training on the episodes of another run."""
+
+    saved: str = chz.field(doc="a run's folder, or one of its files episodes/step_*.jsonl")
+
+    @chz.validate
+    def _trains(self) -> None:
+        if self.num_substeps != 1:
+            raise ConfigError(f"num_substeps={self.num_substeps}: a replay makes one update of each saved step")
+        if self.rollouts_only:
+            raise ConfigError("rollouts_only=True: a replay has no rollouts, and does nothing but train")
+
+
+@dataclass(frozen=True)
+class Checked:
+    steps: dict[str, list[Episode]]  # by the name of the file that one step left
+    models: setup.CheckedModels
+
+
+def main(config: Config) -> None:
+    checked = check(config)
+    run = training_run(config, checked)
+    if not config.dry_run:
+        train(config, run)
+        return
+    first = next(iter(checked.steps.values()))[0]
+    print_dry_run(
+        config,
+        run,
+        data=[f"{step}: {len(episodes)} episodes" for step, episodes in checked.steps.items()],
+        prompt=first.token_ids[: first.turns[0].start].tolist(),
+        teacher=f"it scores {sum(len(episodes) for episodes in checked.steps.values())} saved episodes",
+        answer=f"and {first.num_sampled} tokens that were sampled",
+    )
+
+
+def check(config: Config) -> Checked:
+    """Every check that needs no weights. Raises `UserError`s."""
+    check_trackers([*config.trackers, *(["wandb"] if config.wandb_project else [])])
+    found = [replace(episode, teacher=config.teacher_model) for episode in read_saved_episodes(config.saved)]
+    if not found:
+        raise DataError(f"{config.saved}: has no episodes")
+    models = setup.check_models(config)
+    _check_ids(config, models)
+    if not models.only_teacher.report.same_format and any(len(episode.turns) > 1 for episode in found):
+        raise DataError(
+            f"{config.saved}: has episodes of several turns, whose messages are not saved, and {config.teacher_model} "
+            "reads another chat format than the student: it cannot be shown them"
+        )
+    longest = max(len(episode) for episode in found)
+    if models.context_length is not None and longest > models.context_length:
+        raise DataError(
+            f"{config.saved}: an episode has {longest} tokens, the models' context is {models.context_length}"
+        )
+    steps = {name: list(episodes) for name, episodes in groupby(found, key=lambda e: e.row_id.rpartition(":")[0])}
+    return Checked(steps, models)
+
+
+def _check_ids(config: Config, models: setup.CheckedModels) -> None:
+    """The ids must spell for this student what they spelt for the one that wrote them. Raises `DataError`."""
+    path = Path(config.saved)
+    file = min(path.glob("episodes/step_*.jsonl")) if path.is_dir() else path
+    tokenizer = models.student_renderer.tokenizer
+    with open(file, "rb") as lines:
+        row = json.loads(next(lines))
+    for token, text in zip(row["token_ids"], row["tokens"], strict=True):
+        if tokenizer.decode([token]) != text:
+            raise DataError(
+                f"{file}: id {token} was {text!r} to the student that wrote it, and is "
+                f"{tokenizer.decode([token])!r} to {config.model_name}: replay with a student of that tokenizer"
+            )
+
+
+def training_run(config: Config, checked: Checked) -> TrainingRun:
+    def builder(row: Row) -> GivenGroupBuilder:
+        return GivenGroupBuilder(NAME, row.row_id, config.teacher_model, None, tuple(checked.steps[row.row_id]))
+
+    rows = [Row(step, ()) for step in checked.steps]
+    plan = DatasetPlan(NAME, Cursor(rows, seed=config.seed, shuffle=False), 1, builder)
+    path = Path(config.log_path or Path("runs", f"replay-{Path(config.saved).stem}"))
+    return TrainingRun(path, checked.models, [plan], [], {}, steps_per_epoch=len(rows))
+
+
+if __name__ == "__main__":
+    run_cli(main, Config, argv=sys.argv[1:])
