@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,11 +24,11 @@ import anyio.to_thread
 import chz
 
 from envs.datasets import Dataset, Row, fingerprint
-from envs.given import GivenGroupBuilder, answer_ids
+from envs.given import GivenGroupBuilder, answer_ids, given_answer
 from envs.rendering import tokenizer_fingerprint
 from envs.rollout import derive_seed
 from envs.sources import load_dataset_rows, locate
-from envs.types import Episode, EpisodeLog, Observation, Sampled, SamplingParams, StopReason
+from envs.types import Episode, EpisodeLog, Observation, SamplingParams, StopReason
 from errors import ConfigError, DataError
 from models.device_thread import compute
 from models.loading import load_config
@@ -291,44 +291,45 @@ async def _episodes(
 ) -> list[Episode]:
     if checked.saved:
         return [checked.saved[row.row_id] for row in rows]
-    if config.completions == "given":
-        answers = [answer_ids(checked.models.student_renderer, row.completion or "") for row in rows]
-    else:
-        answers = await _sampled(config, rows, checked.models, sampler)
+    if config.completions == "teacher":
+        episodes = await _sampled(config, checked, rows, sampler)
         await sampler.sleep()
-    return [_episode(checked, row, ids) for row, ids in zip(rows, answers, strict=True)]
-
-
-def _episode(checked: Checked, row: Row, ids: Sequence[int]) -> Episode:
-    """What the student would have written. Its logprobs are not known, and nothing reads them: 0 keeps their place."""
-    log = EpisodeLog(Observation(checked.models.student_renderer.prompt(row.messages), row.messages))
-    log.append_sampled(Sampled(list(ids), [0.0] * len(ids), stopped=True))
-    builder = GivenGroupBuilder(checked.header.dataset, row.row_id, checked.header.teacher, row.teacher_messages, ())
-    return log.finish(builder, StopReason.COMPLETED, 0.0, {}, {})
+        return episodes
+    header, renderer = checked.header, checked.models.student_renderer
+    return [
+        given_answer(row, renderer, dataset=header.dataset, teacher=header.teacher, max_length=sys.maxsize)
+        for row in rows  # their lengths were checked
+    ]
 
 
 async def _sampled(
-    config: Config, rows: Sequence[Row], models: setup.CheckedModels, sampler: TransformersSampler
-) -> list[list[int]]:
-    """The teacher's answers in its own format, with the student's end of turn."""
-    renderer, swap = models.only_teacher.renderer, models.only_teacher.views.swap
+    config: Config, checked: Checked, rows: Sequence[Row], sampler: TransformersSampler
+) -> list[Episode]:
+    """The teacher's answers to its own prompts, after the student's prompts and with the student's end of turn."""
+    teacher, student = checked.models.only_teacher, checked.models.student_renderer
+    swap = teacher.views.swap
     mine = {} if swap is None else {swap[0]: swap[1], swap[1]: swap[0]}
-    answers: dict[int, list[int]] = {}
+    episodes: dict[int, Episode] = {}
 
     async def one(i: int, row: Row) -> None:
         params = SamplingParams(
             max_tokens=_max_tokens(config),
-            stop=renderer.stop,
+            stop=teacher.renderer.stop,
             temperature=config.temperature,
             seed=derive_seed(config.seed, row.row_id),
         )
-        sampled = await sampler.sample(renderer.prompt(row.teacher_messages or row.messages), params)
-        answers[i] = [mine.get(token, token) for token in sampled.token_ids]
+        sampled = await sampler.sample(teacher.renderer.prompt(row.teacher_messages or row.messages), params)
+        log = EpisodeLog(Observation(student.prompt(row.messages), row.messages))
+        log.append_sampled(replace(sampled, token_ids=[mine.get(token, token) for token in sampled.token_ids]))
+        header = checked.header
+        builder = GivenGroupBuilder(header.dataset, row.row_id, header.teacher, row.teacher_messages, ())
+        ended = StopReason.COMPLETED if sampled.stopped else StopReason.MAX_TOKENS
+        episodes[i] = log.finish(builder, ended, 0.0, {}, {})
 
     async with anyio.create_task_group() as tasks:
         for i, row in enumerate(rows):
             tasks.start_soon(one, i, row)
-    return [answers[i] for i in range(len(rows))]
+    return [episodes[i] for i in range(len(rows))]
 
 
 if __name__ == "__main__":
