@@ -35,6 +35,7 @@ from recipes import (
     offline_distillation,
     on_policy_distillation,
     on_policy_multi_teacher,
+    replay,
     training_run,
 )
 from recipes.cli import Option, options, parse_config
@@ -57,6 +58,7 @@ RUN_HERE = (
     offline_distillation,
     on_policy_multi_teacher,
     off_policy_reasoning,
+    replay,
 )  # the others need an engine for containers, or have tests of their own
 SHRINK = 50
 """100 steps become 2, the checkpoint `step_000100` becomes `step_000002`, and `[:2000]` rows become 40."""
@@ -191,11 +193,10 @@ def is_here(config: Any) -> bool:
     models = ("model_name", "teacher_model", "load_checkpoint_path", "teacher_checkpoint")
     parts = [config, *getattr(config, "datasets", ()), *getattr(config, "teachers", ())]
     names = [getattr(part, model, None) for part in parts for model in (*models, "model")]
-    data = [
-        getattr(part, "capture_path", None) or part.dataset_path or part.dataset
-        for part in parts
-        if hasattr(part, "capture_path") or hasattr(part, "dataset")
+    given = [
+        [getattr(part, key, None) for key in ("capture_path", "saved", "dataset_path", "dataset")] for part in parts
     ]
+    data = [next(filter(None, names)) for names in given if any(names)]
     return all(name == "arithmetic" or Path(name).exists() for name in data) and all(
         name.startswith(embedded.PREFIX) or Path(name).exists() for name in names if name is not None
     )
