@@ -38,7 +38,8 @@ from models.types import TeacherTopK
 from recipes import setup
 from recipes.cli import run_cli
 from recipes.config import DEFAULT_TOP_K, TrainConfig
-from training.capture import CaptureHeader, CaptureWriter, capture_writer, captured
+from training.capture import CaptureHeader, CaptureWriter, captured
+from training.capture_files import writer as capture_writer
 from training.saved_episodes import read_saved_episodes
 
 BATCH = 32
@@ -78,7 +79,9 @@ class Config:
     )
     top_k: int = chz.field(default=DEFAULT_TOP_K, doc="tokens kept at every position")
     temperature: float = chz.field(default=1.0, doc="of the teacher's logprobs and of its answers")
-    output_path: str = chz.field(default="teacher_capture.jsonl", doc="the file to write, or to go on with")
+    output_path: str = chz.field(
+        default="teacher_capture.jsonl", doc="the file to write, or to go on with; .safetensors is smaller"
+    )
     device: str = chz.field(default="auto", doc="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16"] = chz.field(default="auto", doc="of the computation")
     micro_batch_tokens: int | None = chz.field(

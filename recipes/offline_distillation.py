@@ -28,7 +28,8 @@ from recipes.cli import run_cli
 from recipes.config import check_objective_options
 from recipes.student_config import StudentConfig, check_at_least
 from recipes.training_run import TrainingRun, train
-from training.capture import Capture, CapturedScorer, CaptureHeader, read_capture, read_header
+from training.capture import Capture, CapturedScorer, CaptureHeader
+from training.capture_files import read_capture, read_header
 from training.collect import Teacher
 from training.distribution_losses import JSD, Support, Tail, TopKForwardKL
 from training.loop import DatasetPlan, LoopConfig

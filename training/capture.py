@@ -97,12 +97,13 @@ def captured(episode: Episode, signal: Signal) -> Example:
 class CaptureWriter:
     """Appends examples to a file. `done`: the ids of those that are there."""
 
-    def __init__(self, file: IO[bytes], done: frozenset[str]) -> None:
+    def __init__(self, file: IO[bytes] | None, done: frozenset[str]) -> None:  # no file: all are done
         self._file = file
         self.done = done
 
     def append(self, examples: Sequence[Example]) -> None:
         """Returns when they are on the disk."""
+        assert self._file is not None
         self._file.write(b"".join(_line(_to_json(example)) for example in examples))
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -129,7 +130,7 @@ def capture_writer(path: Path, header: CaptureHeader) -> Iterator[CaptureWriter]
                     raise ConfigError(f"output_path={path} is not a capture: give another path")
                 break
             if number == 1:
-                _refuse_other(path, _header(path, line), header)
+                refuse_other(path, parse_header(path, line), header)
             else:
                 done.append(_parsed(path, number, line)["id"])
             whole += len(line)
@@ -140,7 +141,8 @@ def capture_writer(path: Path, header: CaptureHeader) -> Iterator[CaptureWriter]
         yield CaptureWriter(file, frozenset(done))
 
 
-def _refuse_other(path: Path, there: CaptureHeader, now: CaptureHeader) -> None:
+def refuse_other(path: Path, there: CaptureHeader, now: CaptureHeader) -> None:
+    """Raises `ConfigError` unless both are the same."""
     different = [field.name for field in fields(now) if getattr(there, field.name) != getattr(now, field.name)]
     if different:
         name = different[0]
@@ -193,18 +195,18 @@ class Capture:
     examples: tuple[Example, ...]
 
 
-def read_header(path: str | Path) -> CaptureHeader:
+def read_jsonl_header(path: str | Path) -> CaptureHeader:
     """Raises `DataError`."""
     try:
         with open(path, "rb") as file:
-            return _header(path, file.readline())
+            return parse_header(path, file.readline())
     except OSError as error:
         raise DataError(f"capture_path={path}: cannot be read ({error.strerror})") from error
 
 
-def read_capture(path: str | Path) -> Capture:
+def read_jsonl(path: str | Path) -> Capture:
     """A complete capture. Raises `DataError`, naming the line, for one that is not."""
-    header = read_header(path)
+    header = read_jsonl_header(path)
     examples = []
     with open(path, "rb") as file:
         file.readline()
@@ -223,7 +225,8 @@ def read_capture(path: str | Path) -> Capture:
 _GO_ON = "Run the command that captured it once more: it goes on where it stopped"
 
 
-def _header(path: str | Path, line: bytes) -> CaptureHeader:
+def parse_header(path: str | Path, line: bytes) -> CaptureHeader:
+    """Raises `DataError`."""
     try:
         value = json.loads(line)
         if value.pop("protege_capture") != VERSION:
@@ -258,13 +261,13 @@ def _example(path: str | Path, number: int, line: bytes, header: CaptureHeader) 
             topk_ids=np.array([row["topk_ids"][i] for i in positions], dtype=np.int32),
             topk_logprobs=np.array([row["topk_logprobs"][i] for i in positions], dtype=np.float32),
         )
-        _check_example(example, header)
+        check_example(example, header)
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise DataError(f"{path}:{number}: a broken example ({error}). Capture anew") from error
     return example
 
 
-def _check_example(example: Example, header: CaptureHeader) -> None:
+def check_example(example: Example, header: CaptureHeader) -> None:
     """Raises `ValueError` for what could not be trained on."""
     trained, k = sum(end - start for start, end in example.spans), example.topk_ids.shape[-1]
     if example.topk_ids.shape != (trained, k) or not 1 <= k <= header.top_k:  # fewer: a smaller vocabulary

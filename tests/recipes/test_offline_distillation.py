@@ -22,6 +22,7 @@ from models.transformers_scorer import TransformersScorer
 from recipes import capture_teacher, offline_distillation, setup
 from recipes.cli import parse_config, run_cli
 from recipes.embedded import char_tokenizer
+from training.capture_files import read_capture, read_header
 from training.collect import Teacher
 
 Models = dict[str, str]
@@ -164,6 +165,47 @@ def test_the_same_command_goes_on_after_a_kill_and_gives_the_same_file(
     with mock.patch.object(setup, "load_teacher", wraps=setup.load_teacher) as loaded:
         assert capture(tmp_path, models).read_bytes() == whole
     assert loaded.called == (kept != "all")
+
+
+# --- the binary form
+
+
+def test_the_binary_form_holds_the_same_in_less_and_trains_the_same(tmp_path: Path, models: Models, captured: Path):
+    binary = capture(tmp_path, models, output_path=tmp_path / "capture.safetensors")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["answers.jsonl", "capture.safetensors"]
+    mine, theirs = read_capture(binary), read_capture(captured)
+    assert read_header(binary) == mine.header
+    assert [(e.row_id, e.spans) for e in mine.examples] == [(e.row_id, e.spans) for e in theirs.examples]
+    for a, b in zip(mine.examples, theirs.examples, strict=True):
+        for name in ("input_ids", "logprobs", "topk_ids", "topk_logprobs"):
+            assert getattr(a, name).dtype == getattr(b, name).dtype
+            assert (getattr(a, name) == getattr(b, name)).all()
+    runs = [train(tmp_path / file.suffix, models, file) for file in (binary, captured)]
+    one, other = (weights(final(run)) for run in runs)
+    assert all(torch.equal(one[key], other[key]) for key in other)
+
+
+def test_the_binary_form_goes_on_after_a_kill_and_is_not_made_twice(tmp_path: Path, models: Models, captured: Path):
+    whole = captured.read_bytes()
+    shutil.copy(captured.with_name("answers.jsonl"), tmp_path / "answers.jsonl")
+    file = tmp_path / "capture.safetensors"
+    (tmp_path / "capture.safetensors.partial.jsonl").write_bytes(whole[: len(whole) // 2])
+    with mock.patch.object(setup, "load_teacher", wraps=setup.load_teacher) as loaded:
+        capture(tmp_path, models, output_path=file)
+        capture(tmp_path, models, output_path=file)
+    assert loaded.call_count == 1
+    assert [e.row_id for e in read_capture(file).examples] == [e.row_id for e in read_capture(captured).examples]
+
+
+def test_a_broken_or_other_binary_capture(capfd: pytest.CaptureFixture[str], tmp_path: Path, models: Models):
+    file = capture(tmp_path, models, output_path=tmp_path / "capture.safetensors")
+    given = {**models, "dataset": tmp_path / "answers.jsonl", "device": "cpu", "output_path": file, "top_k": 3}
+    refused(capture_teacher, [f"{k}={v}" for k, v in given.items()], capfd, "top_k is 4, now it would be 3")
+    whole = file.read_bytes()
+    for content in (whole[:-20], b"", b"my notes", Path(models["model_name"], "model.safetensors").read_bytes()):
+        file.write_bytes(content)
+        argv = offline_argv(tmp_path / "run", models, file)
+        refused(offline_distillation, argv, capfd, str(file), "not a whole capture")
 
 
 # --- training from it
