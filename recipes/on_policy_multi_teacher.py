@@ -203,7 +203,7 @@ def presets(given: dict[str, str]) -> dict[str, Any]:
         short = {
             f"datasets.{i}.groups_per_batch": int(given[f"{name}_groups_per_batch"])
             for i, name in enumerate(("deepmath", "tulu3"))
-            if given.get(f"{name}_groups_per_batch", "").isdigit()
+            if re.fullmatch(r"-?\d+", given.get(f"{name}_groups_per_batch", ""))
         }
         return DEFAULT_MIXTURE | short
     sizes = {}

@@ -20,7 +20,7 @@ from recipes.config import OnPolicyConfig
 from recipes.student_config import StudentConfig
 from training.collect import Teacher
 from training.evaluation import EvalSet, evaluate
-from training.loop import DatasetPlan, Loop
+from training.loop import DatasetPlan, Loop, is_of_a_teacher
 from training.objectives import Objective
 from training.progress import Progress
 from training.report import write_report
@@ -132,7 +132,7 @@ async def _evaluate_teachers(config: OnPolicyConfig, run: TrainingRun, parts: se
 
 
 def _has_evaluated_teachers(run_dir: RunDir) -> bool:
-    return any(name.startswith("eval/") and "/teacher_" in name for row in run_dir.read_metrics() for name in row)
+    return any(is_of_a_teacher(name) for row in run_dir.read_metrics() for name in row)
 
 
 # --- what is said before and after
@@ -214,15 +214,12 @@ def _before_and_after(rows: Sequence[Mapping[str, Any]], scope: str) -> list[str
         if key in first and key in last:
             error = last[f"{key}_se"]  # None: of one row there is no error
             extra = f" ± {error:.4f}" if error is not None else ""
-            teacher = next(
-                (
-                    v
-                    for row in rows
-                    for k, v in row.items()
-                    if k.startswith(f"eval/{scope}") and k.endswith(f"teacher_{measure}")
-                ),
-                None,
-            )
-            extra += f"   (teacher: {teacher:.3f})" if teacher is not None else ""
+            taught = [
+                value
+                for row in rows
+                for name, value in row.items()
+                if is_of_a_teacher(name) and name.startswith(f"eval/{scope}") and name.endswith(f"/teacher_{measure}")
+            ]
+            extra += f"   (teacher: {', '.join(f'{value:.3f}' for value in taught)})" if taught else ""
             lines.append(f"  {scope.replace('/', ': ')}{label}: {first[key]:.4f} -> {last[key]:.4f}{extra}")
     return lines

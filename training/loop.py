@@ -254,7 +254,7 @@ class Loop:
 
     def _evaluated(self, step: int) -> bool:
         rows = [row for row in self.run_dir.read_metrics() if row["step"] == step]
-        return any(name.startswith("eval/") and "/teacher_" not in name for row in rows for name in row)
+        return any(name.startswith("eval/") and not is_of_a_teacher(name) for row in rows for name in row)
 
     # --- checkpoints
 
@@ -290,6 +290,11 @@ class Loop:
 def _split(groups: Sequence[list[TrainingItem]], parts: int) -> list[Sequence[list[TrainingItem]]]:
     bounds = [round(i * len(groups) / parts) for i in range(parts + 1)]
     return [groups[a:b] for a, b in itertools.pairwise(bounds)]
+
+
+def is_of_a_teacher(metric: str) -> bool:
+    """Whether an evaluation's metric is about what a teacher answers, as `eval/teacher_accuracy`."""
+    return metric.startswith("eval/") and metric.rpartition("/")[2].startswith("teacher_")
 
 
 def add_episode(sums: SumMetrics, item: TrainingItem, measured: ItemMetrics) -> None:

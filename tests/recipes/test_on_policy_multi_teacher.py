@@ -72,7 +72,7 @@ def judged_by(episode: dict[str, Any], folder: str) -> bool:
 
 
 def test_every_dataset_is_judged_by_its_own_teacher_and_measured_apart(
-    tmp_path: Path, student: str, teacher: str, second: str
+    tmp_path: Path, student: str, teacher: str, second: str, capsys: pytest.CaptureFixture[str]
 ):
     data = arithmetic("one", teacher, group_size=2), arithmetic("two", second, rows=4, groups=2)
     path = run(tmp_path / "run", student, *data, eval_teacher=True)
@@ -90,6 +90,7 @@ def test_every_dataset_is_judged_by_its_own_teacher_and_measured_apart(
         low, high = sorted((row["dataset/one/kl"], row["dataset/two/kl"]))
         assert low < row["kl"] < high
     *taught, before, after = evaluation_rows(path)
+    assert capsys.readouterr().out.count("accuracy, greedy: 0.0000 -> 0.0000 ± 0.0000   (teacher: 0.000)\n") == 2
     assert {f"eval/one/{teacher}/teacher_accuracy", f"eval/two/{second}/teacher_accuracy"} <= {*taught[0], *taught[1]}
     for row in (before, after):
         assert {"eval/one/exact_reverse_kl", "eval/two/exact_reverse_kl"} <= row.keys()
