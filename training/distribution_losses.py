@@ -28,7 +28,7 @@ NO_TOKEN = -1e4
 class _Divergence(torch.autograd.Function):
     """JSD_beta of softmax(student) and softmax(teacher), with the student's gradient made in the forward pass.
 
-    Both inputs may be logprobs, normalised or not. Of its own it holds four `[n, v]` tensors and keeps one. With
+    Both inputs may be logprobs, normalised or not. Its own `[n, v]` tensors are five at most; one is kept. With
     s, t, m as in the formulas, the gradient in the student's logits is s * (g - sum of s * g), where g is
     log s - log t at beta = 1, (1 - beta) * (log s - log m) below; at beta = 0 it is s - t.
 
@@ -50,10 +50,11 @@ class _Divergence(torch.autograd.Function):
             if beta == 1:
                 log_m = log_t
             else:
-                log_m = torch.logaddexp(log_s + math.log1p(-beta), t_part := log_t + math.log(beta))
-                t = torch.exp(log_t, out=t_part)
+                log_m, t = log_s + math.log1p(-beta), log_t + math.log(beta)
+                torch.logaddexp(log_m, t, out=log_m)
+                torch.exp(log_t, out=t)
                 loss = beta * torch.linalg.vecdot(t, log_t.sub_(log_m))
-                del t, t_part
+                del t
             weight = 1 - beta if beta < 1 else 1.0
             gap = log_s.sub_(log_m).mul_(s)
             own = gap.sum(-1)  # KL(s || m), or KL(s || t)

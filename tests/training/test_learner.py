@@ -6,7 +6,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from envs.given import GivenEpisode
 from envs.types import Episode
 from errors import CheckpointError, ProtegeError
 from models import attention
@@ -563,6 +564,20 @@ def test_a_top_k_longer_than_needed_is_cut_and_a_shorter_one_is_all_there_is(cas
     assert_same(learner_gradients(case.model, mixed, TopKForwardKL(3), token_budget=10_000)[0], expected)
     with pytest.raises(ValueError, match="has no top k"):
         learner_gradients(case.model, case.items(SignalKind.SAMPLED), TopKForwardKL(3))
+
+
+def test_answers_of_nobody_knows_whom_train_the_same_and_have_no_ratios(case):
+    objective = JSD(beta=0.5, support="teacher_topk", top_k=3)
+    items = case.items(objective.need)
+    parts = {f.name: getattr(items[0].episode, f.name) for f in fields(items[0].episode)}
+    unknown = np.full(len(items[0].episode), np.nan, dtype=np.float32)
+    given = replace(items[0], episode=GivenEpisode(**{**parts, "sampler_logprobs": unknown}))
+    expected, metrics = learner_gradients(case.model, items, objective)
+    ours, mixed = learner_gradients(case.model, [given, *items[1:]], objective)
+    assert_same(ours, expected)
+    assert metrics[0].values.keys() - mixed[0].values.keys() == {"ratio", "ratio_truncated", "mismatch_kl"}
+    assert all(np.isfinite(values).all() for metric in mixed for values in metric.values.values())
+    assert mixed[1].values.keys() == metrics[1].values.keys()
 
 
 def test_swapped_columns_exchange_two_ids_of_the_teacher_only(case):
