@@ -135,11 +135,12 @@ def main(config: Config) -> None:
         log_path(config), chz.asdict(config), config.behavior_if_log_dir_exists, may_differ=MAY_DIFFER
     )
     with run_dir:
-        store = Store(run_dir.episodes_path / "attempts.jsonl")
+        store = Store(run_dir.episodes_path / "step_000000.jsonl")  # the names of a run's own files
         lm = None if models is None else compute_blocking(_load, config, models)
         anyio.run(_evaluate, config, data, models, lm, store, sandboxes_of(run_dir.path))
         metrics = summary(list(store.records.values()))
-        write_atomic(run_dir.path / "results.json", json.dumps(metrics, indent=2) + "\n")
+        run_dir.truncate_metrics(-1)  # what an earlier part of this evaluation summed up
+        run_dir.append_metrics({"step": 0, **metrics})
         print_summary(metrics, store, run_dir)
     if not metrics.get("graded"):
         raise NoSignalError(f"none of {len(store.records)} attempts could be graded; their causes are in {store.path}")
@@ -167,7 +168,7 @@ class Store:
         self.records: dict[tuple[str, int], Record] = {}
         whole = []
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_text(encoding="utf-8").split("\n"):  # other ends of lines stand inside texts
                 try:
                     record = Record(**json.loads(line))
                 except (ValueError, TypeError):
@@ -187,7 +188,7 @@ class Store:
 
     def add(self, record: Record) -> None:
         self.records[record.task, record.attempt] = record
-        with self.path.open("a", encoding="utf-8") as file:
+        with self.path.open("a", encoding="utf-8", errors="replace") as file:  # half a surrogate is no character
             file.write(dumps(vars(record)) + "\n")
 
 
@@ -329,7 +330,7 @@ def print_summary(metrics: Mapping[str, float], store: Store, run_dir: RunDir) -
             error = metrics.get(f"{name}_se")
             print(f"{name:28} {value:.4g}" + (f" ± {error:.4f}" if error is not None else ""))
     print(f"transcripts: {store.path}")
-    print(f"numbers:     {run_dir.path / 'results.json'}")
+    print(f"numbers:     {run_dir.metrics_path}")
 
 
 if __name__ == "__main__":

@@ -187,11 +187,12 @@ def evaluated(tmp_path: Path, **options: Any) -> dict[str, Any]:
     small = {"task_names": "edit-json,sum-csv", "max_turns": 2, "max_tokens": 12, "max_trajectory_tokens": 2500}
     given = {**small, "system_prompt": "", "device": "cpu", "log_path": tmp_path / "run", **options}
     evaluate_harbor.main(parse_config(evaluate_harbor.Config, [f"{key}={value}" for key, value in given.items()]))
-    return json.loads((tmp_path / "run" / "results.json").read_text())
+    (row,) = read_metrics(tmp_path / "run")
+    return row
 
 
 def records(tmp_path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (tmp_path / "run/episodes/attempts.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (tmp_path / "run/episodes/step_000000.jsonl").read_text().splitlines()]
 
 
 def test_a_models_pass_rate_costs_and_transcripts(
@@ -209,7 +210,6 @@ def test_a_models_pass_rate_costs_and_transcripts(
         if record["dropped"] is None:
             assert [m["role"] for m in record["messages"]][:2] == ["user", "assistant"]
             assert record["stop_reason"] in ("max_tokens", "completed", "max_turns", "parse_error")
-    assert read_metrics(tmp_path / "run") == []
 
 
 def test_the_same_command_makes_what_is_missing_or_was_dropped(
@@ -223,6 +223,12 @@ def test_the_same_command_makes_what_is_missing_or_was_dropped(
     assert (found["graded"], len(sandboxes.made)) == (2, 2) and not any(name.startswith("dropped") for name in found)
     kept = next(r for r in first.values() if r["dropped"] is None)
     assert kept in records(tmp_path)
+
+
+def test_an_evaluation_can_be_made_anew(tmp_path: Path, sandboxes: ScriptedSandboxes):
+    evaluated(tmp_path, agent="nop")
+    evaluated(tmp_path, agent="nop", behavior_if_log_dir_exists="delete")
+    assert len(sandboxes.made) == 4 and len(records(tmp_path)) == 2
 
 
 def test_attempts_are_the_same_with_the_same_seed(
