@@ -131,6 +131,7 @@ class Config(OnPolicyConfig):
         groups = sum(data.groups_per_batch for data in self.datasets)
         if self.num_substeps > groups:
             raise ConfigError(f"num_substeps={self.num_substeps}: there are only {groups} groups to split")
+        self.teacher_specs()
 
     def teacher_specs(self) -> Sequence[TeacherSpec]:
         return distinct([*(_listed(i, t) for i, t in enumerate(self.teachers)), *filter(None, self._own)])
@@ -245,7 +246,6 @@ class Checked:
 def check(config: Config) -> Checked:
     """Every check that needs no weights. Raises `UserError`s."""
     check_trackers([*config.trackers, *(["wandb"] if config.wandb_project else [])])
-    config.teacher_specs()
     parts = [_part(config, i) for i in range(len(config.datasets))]
     models = setup.check_models(config)
     checked = []

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from envs.rendering import Renderer
-from errors import ModelError
+from errors import ConfigError, ModelError
 from models.checks import PairReport
 from models.loading import ModelSource, is_adapter, source_fingerprint
 from models.teacher_view import ViewMaker
@@ -59,9 +59,9 @@ def by_weights(teachers: Mapping[str, CheckedTeacher]) -> dict[str, list[Checked
 
 
 def distinct(specs: Sequence[TeacherSpec]) -> list[TeacherSpec]:
-    """Each name once. Raises `ValueError` where one name stands for two readings."""
+    """Each name once. Raises `ConfigError` where one name stands for two readings."""
     found: dict[str, TeacherSpec] = {}
     for spec in specs:
         if not found.setdefault(spec.name, spec).reads_alike(spec):
-            raise ValueError(f"two teachers are named {spec.name!r}")
+            raise ConfigError(f"two teachers are named {spec.name!r}: give one of them another route_value")
     return list(found.values())
