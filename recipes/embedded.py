@@ -57,8 +57,8 @@ class ShellRecipe(Recipe):
 RECIPES: dict[str, Recipe] = {
     "teacher": Recipe(hidden=128, layers=3, heads=4, steps=260, batch=96, learning_rate=3e-3, seed=1),
     "student": Recipe(hidden=96, layers=2, heads=4, steps=110, batch=128, learning_rate=1e-3, seed=2),
-    "shell-teacher": ShellRecipe(hidden=128, layers=2, heads=4, steps=80, batch=8, learning_rate=5e-3, seed=1),
-    "shell-student": ShellRecipe(hidden=96, layers=2, heads=4, steps=48, batch=8, learning_rate=5e-3, seed=2),
+    "shell-teacher": ShellRecipe(hidden=128, layers=2, heads=4, steps=120, batch=8, learning_rate=5e-3, seed=1),
+    "shell-student": ShellRecipe(hidden=96, layers=2, heads=4, steps=70, batch=8, learning_rate=5e-3, seed=2),
 }
 
 
