@@ -87,6 +87,7 @@ class Unpacking:
         self._max_bytes = max_bytes
         self._left_out: list[str] = []
         self._links: list[tuple[tuple[str, ...], str]] = []
+        self._sources: dict[tuple[str, ...], tarfile.TarInfo] = {}  # what a hard link may lead to
         self._folder_modes: list[tuple[tuple[str, ...], int]] = []
 
     def run(self, members: tarfile.TarFile) -> tuple[str, ...]:
@@ -114,10 +115,13 @@ class Unpacking:
             return True
         if not parts:
             return False
+        if member.islnk():
+            member = self._sources[tuple(part for part in member.linkname.split("/") if part not in ("", "."))]
+        self._sources[parts] = member
         if member.issym():
             self._links.append((parts, member.linkname))
             return True
-        if member.isreg() or member.islnk():
+        if member.isreg():
             content = members.extractfile(member)
             if content is not None:
                 self._write(parts, content, member.mode & 0o777)

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 MB = 2**20
 SHM_MB = 64
+DEAF = "trap '' TERM HUP INT QUIT USR1 USR2"  # a command that ends all processes has not meant the sandbox
 NO_BASH = "a container of image {image} ends as soon as it starts: a sandbox needs an image that has bash"
 
 
@@ -68,7 +69,7 @@ def container_options(
         "name": name,
         "hostname": "sandbox",
         # Its first program waits for its input's end, which is its owner's, or for the end of the lease.
-        "entrypoint": ["bash", "-p", "-c", f"read -r -t {math.ceil(config.lease_s)}"],
+        "entrypoint": ["bash", "-p", "-c", f"{DEAF}; read -r -t {math.ceil(config.lease_s)}"],
         "command": [],
         "user": config.user,
         "working_dir": config.workdir,

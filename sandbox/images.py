@@ -25,6 +25,7 @@ import docker
 import docker.errors
 import requests
 from anyio import CapacityLimiter, to_thread
+from docker.utils import parse_repository_tag
 from docker.utils.build import create_archive, exclude_paths
 
 from errors import DataError, ImageBuildError
@@ -131,9 +132,9 @@ class Images:
             await self._follow(answer, f"building {build.folder}", timeout_s)
 
     async def _pull(self, image: str, timeout_s: float) -> None:
-        repository, _, tag = image.rpartition(":") if ":" in image.rpartition("/")[2] else (image, "", "latest")
+        repository, tag = parse_repository_tag(image)  # a digest is a tag to the engine
         log = cache_folder() / f"{safe_name(image)}.log"
-        ask = partial(CuttableClient.pull, repository=repository, tag=tag, stream=True, decode=True)
+        ask = partial(CuttableClient.pull, repository=repository, tag=tag or "latest", stream=True, decode=True)
         answer = Answer(await self._client(), ask, log)
         await self._follow(answer, f"the engine has no image {image}, and pulling it", timeout_s)
 

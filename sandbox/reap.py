@@ -91,7 +91,8 @@ def reap(client: docker.APIClient | None = None) -> list[Reaped]:
     for found in client.containers(all=True, filters={"label": SANDBOX_LABEL}):
         reason = why_reaped(found["Labels"], time.time())
         if reason is not None and remove(client, found["Id"]):
-            removed.append(Reaped(found["Names"][0].lstrip("/"), reason))
+            names = found["Names"] or [found["Id"][:12]]  # null while it goes
+            removed.append(Reaped(names[0].lstrip("/"), reason))
     return removed
 
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -141,3 +142,17 @@ def test_devices_and_sockets_are_not_packed(tmp_path: Path):
 def test_a_missing_folder_is_named(tmp_path: Path):
     with pytest.raises(DataError, match="nowhere"):
         pack(tmp_path / "nowhere", io.BytesIO())
+
+
+def test_a_hard_link_to_a_link_is_that_link_and_to_nothing_is_left_out(target: Path):
+    members = [("self", SYM, "self"), ("again", LNK, "self"), ("none", LNK, "missing"), ("a", REG, b"x")]
+    assert unpack(archive(*members, ("b", LNK, "./a"), ("c", LNK, "b")), target, 10**6) == ("none",)
+    assert os.readlink(target / "again") == "self"
+    assert (target / "b").read_bytes() == (target / "c").read_bytes() == b"x"
+
+
+def test_many_hard_links_take_time_in_proportion(target: Path):
+    links = [(f"link{n}", LNK, "a") for n in range(10_000)]
+    started = time.process_time()
+    assert unpack(archive(("a", REG, b"x"), *links), target, 10**6) == ()
+    assert time.process_time() - started < 10

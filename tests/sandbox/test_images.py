@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import anyio
 import docker
 import pytest
 
 from errors import DataError, ImageBuildError
+from sandbox import images
 from sandbox.docker_sandbox import DockerSandboxFactory
 from sandbox.images import REPOSITORY, content_hash, context_paths
 
@@ -157,3 +159,40 @@ class TestOnAnEngine:
             await factory.create("localhost:1/nowhere:1")
         with pytest.raises(DataError, match="Dockerfile"):
             await factory.build_image(tmp_path, timeout_s=10)
+
+
+@pytest.mark.parametrize(
+    ("image", "asked"),
+    [
+        ("a/b", ("a/b", "latest")),
+        ("host:5000/b:2", ("host:5000/b", "2")),
+        ("host:5000/b", ("host:5000/b", "latest")),
+        (f"ubuntu@sha256:{'1' * 64}", ("ubuntu", f"sha256:{'1' * 64}")),
+    ],
+)
+@pytest.mark.anyio
+async def test_tags_and_digests_are_pulled_by_what_they_are(
+    image: str, asked: tuple[str, str], cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    class Registry:
+        answer = None
+
+        def pull(self, repository: str, tag: str, **options: object) -> list[dict]:
+            pulls.append((repository, tag))
+            return []
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args: object) -> None:
+            pass
+
+    pulls: list[tuple[str, str]] = []
+    monkeypatch.setattr(images.CuttableClient, "pull", Registry.pull)
+    monkeypatch.setattr(images.Images, "_client", lambda self: client())
+
+    async def client() -> Registry:
+        return Registry()
+
+    await images.Images(SimpleNamespace(cores=1), {})._pull(image, 10.0)  # type: ignore[arg-type]
+    assert pulls == [asked]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sandbox.reap import LEASE_GRACE_S, LEASE_LABEL, OWNER_LABEL, Owner, why_reaped
+from sandbox.reap import LEASE_GRACE_S, LEASE_LABEL, OWNER_LABEL, Owner, reap, why_reaped
 
 
 def labels(owner: str, lease_s: float = 3600.0) -> dict[str, str]:
@@ -77,3 +77,21 @@ def test_an_ended_lease_is_the_end_even_of_a_living_owners():
 
 def test_an_unreadable_owner_waits_for_its_lease():
     assert reason("what?") is None
+
+
+class GoingAway:
+    """An engine with one container that is being removed: it has no name any longer."""
+
+    def __init__(self, owner: Owner) -> None:
+        self._owner = owner
+
+    def containers(self, **options: object) -> list[dict]:
+        return [{"Id": "0123456789abcdef", "Names": None, "Labels": labels(self._owner.label())}]
+
+    def remove_container(self, container: str, **options: object) -> None:
+        pass
+
+
+def test_a_sandbox_without_a_name_is_reaped_by_its_id(dead: Owner):
+    (reaped,) = reap(GoingAway(dead))  # type: ignore[arg-type]
+    assert reaped.name == "0123456789ab"
