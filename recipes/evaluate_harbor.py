@@ -316,6 +316,13 @@ def summary(records: Sequence[Record]) -> dict[str, float]:
     numbers["pass_rate"], numbers["pass_rate_se"] = accuracy_with_error(passed, tasks)
     mean, error = accuracy_with_error([float(r.reward or 0.0) for r in graded], tasks)  # type: ignore[arg-type]
     numbers |= {"reward": mean, "reward_se": error, "pass_rate_of_all": sum(passed) / len(records)}
+    kept = sum(ok and r.metrics.get("services_kept", 0) > 0 for ok, r in zip(passed, graded, strict=True))
+    ended = sum(
+        not ok and r.metrics.get("services", 0) > r.metrics.get("services_kept", 0)
+        for ok, r in zip(passed, graded, strict=True)
+    )
+    numbers |= {"passes_beside_kept_services": kept} if kept else {}
+    numbers |= {"failures_after_services_were_ended": ended} if ended else {}
     for reason, count in sorted(Counter(r.stop_reason for r in graded).items()):
         numbers[f"stop/{reason}"] = count / len(graded)
     for name in ("sampled_tokens", "total_tokens", "seconds"):

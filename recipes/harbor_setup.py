@@ -42,6 +42,10 @@ class HarborOptions:
     agent_timeout_multiplier: float = chz.field(default=1.0, doc="factor on the agent's time that a task gives")
     network: Literal["task", "none"] = chz.field(default="task", doc="task: on for tasks that say so; none: never")
     pass_env: tuple[str, ...] = chz.field(default=(), doc="variables of this machine that tasks may read, by name")
+    keep_services: bool = chz.field(
+        default=False,
+        doc="what listens on a TCP port goes on during the tests: some tasks need it; it can forge rewards",
+    )
     max_sandboxes: int = chz.field(default=64, doc="sandboxes that exist at once; further episodes wait")
 
     @chz.validate
@@ -80,6 +84,7 @@ class HarborOptions:
             max_output_bytes=self.max_output_bytes,
             network=self.network,
             agent_timeout_multiplier=self.agent_timeout_multiplier,
+            keep_services=self.keep_services,
             max_sandboxes=self.max_sandboxes,
             pass_env=self.allowed_env(),
         )

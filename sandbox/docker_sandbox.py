@@ -30,12 +30,13 @@ from sandbox.images import PULL_TIMEOUT_S, Images
 from sandbox.processes import END_INSIDE, OOM_KILLS_INSIDE, ContainerProcess, HostView, host_view, now_ticks
 from sandbox.reap import reap
 from sandbox.shell import MARK, Ended, Report, Shell
-from sandbox.shell_stream import HeadTail, Sink
+from sandbox.shell_stream import STDERR, STDOUT, HeadTail, Sink
 from sandbox.types import ExecResult, SandboxConfig, TimedOut
 
 log = logging.getLogger(__name__)
 
 FILE_TIMEOUT_S = 600.0
+APART_BYTES = 2**20
 END_TIMEOUT_S = 10.0  # for proving a command dead; after this its sandbox is given up
 SYNTAX_ERROR = 2
 KILLED = 137
@@ -121,6 +122,7 @@ class DockerSandbox:
                 stderr.total,
                 duration_s,
                 oom_killed=await self._was_oom_killed(exit_code),
+                ended_shell=not isinstance(outcome, Report),
                 shell_lost=key in self._lost,
             )
             if outcome is None:
@@ -240,6 +242,46 @@ class DockerSandbox:
             if not proven:
                 await self._give_up("its processes could not be ended")
 
+    async def close_shells(self, *users: str | None) -> None:
+        self._check_alive()
+        for key in [key for key in self._shells if key.ours or key.user in users]:
+            async with self._locks[key]:  # its command is waited for
+                shell = self._shells.pop(key, None)
+                if shell is not None:
+                    shell.close()
+                    if self._host is not None and self._host.shows(shell.pid, shell.mark):
+                        self._host.kill(shell.pid)  # somebody inside may hold its input open
+
+    async def run_apart(
+        self, script: str, *, timeout_s: float, env: Mapping[str, str] | None = None, user: str | None = None
+    ) -> bytes:
+        self._check_alive()
+        stdout, stderr, exit_code = await self._run_apart(["-c", script], f"{self._name}-apart", timeout_s, env, user)
+        if exit_code != 0:
+            said = stderr.decode(errors="replace").strip()[-500:]
+            ended = f"did not end within {timeout_s:g} s" if exit_code is None else f"failed with status {exit_code}"
+            raise SandboxError(f"a script of ours in sandbox {self._name} {ended}: {said or 'nothing was said'}")
+        return stdout
+
+    async def _run_apart(
+        self, arguments: list[str], mark: str, timeout_s: float, env: Mapping[str, str] | None, user: str | None
+    ) -> tuple[bytes, bytes, int | None]:
+        """Output, complaints and exit code of a bash with these arguments. No exit code: it goes on."""
+        environment = {**(env or {}), **OUR_ENV, MARK: mark}
+        socket, exec_id = await self._engine.open_exec(self._container, ["bash", "-p", *arguments], environment, user)
+        said = {STDOUT: HeadTail(APART_BYTES), STDERR: HeadTail(APART_BYTES)}
+        try:
+            with anyio.move_on_after(timeout_s):
+                while frames := await socket.receive():
+                    for stream, data in frames:
+                        said[STDERR if stream == STDERR else STDOUT].write(data)
+                while (process := await self._engine.process(exec_id)).running:
+                    await anyio.sleep(0.02)
+                return said[STDOUT].content(), said[STDERR].content(), process.exit_code
+        finally:
+            socket.close()
+        return said[STDOUT].content(), said[STDERR].content(), None
+
     async def _end_command(self, key: ShellKey, shell: Shell, mark: str, begun_ticks: int) -> None:
         """Nothing of the command runs when this returns. Raises `SandboxError` if the sandbox had to go for that."""
         self._drop(key, shell)
@@ -278,15 +320,8 @@ class DockerSandbox:
         return await host.end(doomed, within_s=END_TIMEOUT_S)
 
     async def _end_inside(self, user: str | None, mark: str, shell_mark: str, known: str) -> bool:
-        command = ["bash", "-p", "-c", END_INSIDE, "end", mark, shell_mark, known]
-        socket, _ = await self._engine.open_exec(self._container, command, {MARK: f"{self._name}-end"}, user)
-        said = b""
-        try:
-            with anyio.move_on_after(END_TIMEOUT_S):
-                while frames := await socket.receive():
-                    said += b"".join(data for _, data in frames)
-        finally:
-            socket.close()
+        arguments = ["-c", END_INSIDE, "end", mark, shell_mark, known]
+        said, _, _ = await self._run_apart(arguments, f"{self._name}-end", END_TIMEOUT_S, None, user)
         return said.strip() == b"left 0"
 
     async def _was_oom_killed(self, exit_code: int) -> bool:
@@ -349,7 +384,10 @@ class DockerSandboxFactory:
         try:
             return await self._start(substitute(image, self._substitutes), config)
         except MissingImage:
-            return await self._start(await self._images.ensure(image), config)
+            try:
+                return await self._start(await self._images.ensure(image), config)
+            except MissingImage as error:
+                raise SandboxError(f"image {image} went away between its pull and the sandbox's start") from error
 
     async def build_image(
         self, folder: Path, *, timeout_s: float, dockerfile: str = "Dockerfile", args: Mapping[str, str] | None = None

@@ -29,6 +29,7 @@ class ContainerProcess:
     pid_inside: int
     started_ticks: int  # since boot
     mark: str  # the command that started it; empty if it has dropped that
+    parent: int = 0
 
 
 class HostView:
@@ -39,26 +40,31 @@ class HostView:
         self._init_pid = init_pid
 
     def processes(self) -> list[ContainerProcess]:
-        """Those that run, but for the container's own first two: init, and the keeper that it started."""
+        """Those that run, but for the container's own: init, and the keeper, which is its first child. A shell may
+        have been there before the keeper."""
         found = [process for entry in os.listdir("/proc") if entry.isdigit() and (process := self._look(int(entry)))]
         found.sort(key=lambda process: process.pid_inside)
-        return found[2:]
+        keeper = next((process.pid for process in found if process.parent == self._init_pid), 0)
+        return [process for process in found if process.pid not in (self._init_pid, keeper)]
 
     def _look(self, pid: int) -> ContainerProcess | None:
         try:
             if self._container not in Path(f"/proc/{pid}/cgroup").read_bytes():
                 return None
-            state, started = stat_fields(Path(f"/proc/{pid}/stat").read_text(errors="replace"))
+            state, parent, started = stat_fields(Path(f"/proc/{pid}/stat").read_text(errors="replace"))
             if state in GONE:
                 return None
             inside = re.search(rb"^NSpid:.*\s(\d+)$", Path(f"/proc/{pid}/status").read_bytes(), re.MULTILINE)
         except OSError:  # ended meanwhile
             return None
+        pid_inside = int(inside[1]) if inside else 0
+        if pid_inside == 0:  # it is just ending, and has lost its number: it would pass for the container's first
+            return None
         try:
             environ = Path(f"/proc/{pid}/environ").read_bytes()
         except OSError:  # ended, or not for us to see: then whose it is cannot be told
             environ = b""
-        return ContainerProcess(pid, int(inside[1]) if inside else 0, started, mark_in(environ))
+        return ContainerProcess(pid, pid_inside, started, mark_in(environ), parent)
 
     def lives(self, pid: int) -> bool:
         return pid > 0 and self._look(pid) is not None
@@ -123,10 +129,10 @@ def now_ticks() -> int:
     return int(time.clock_gettime(time.CLOCK_BOOTTIME) * TICKS_PER_S)
 
 
-def stat_fields(stat: str) -> tuple[str, int]:
-    """State and start time, in ticks since boot. The name before them may hold anything, brackets too."""
+def stat_fields(stat: str) -> tuple[str, int, int]:
+    """State, parent, and start time in ticks since boot. The name before them may hold anything, brackets too."""
     fields = stat[stat.rindex(")") + 2 :].split()
-    return fields[0], int(fields[19])
+    return fields[0], int(fields[1]), int(fields[19])
 
 
 def mark_in(environ: bytes) -> str:
@@ -145,15 +151,23 @@ END_INSIDE = r"""
 doomed=$1 shell=$2 known=$3 keeper=
 for folder in /proc/[0-9]*; do
   pid=${folder#/proc/}
-  ((pid > 1 && (keeper == 0 || pid < keeper))) && keeper=$pid
+  { while read -r key parent _; do [[ $key == PPid: ]] && break; done < "$folder/status"; } 2>/dev/null
+  ((parent == 1 && (keeper == 0 || pid < keeper))) && keeper=$pid
 done
 for ((tries = 0; tries < 200; tries++)); do
   left=0
   for folder in /proc/[0-9]*; do
     pid=${folder#/proc/}
     [[ $pid == 1 || $pid == "$keeper" || $pid == "$$" ]] && continue
-    { read -r stat < "$folder/stat"; } 2>/dev/null || continue
+    stat=
+    { IFS= read -r -d '' stat < "$folder/stat"; } 2>/dev/null  # whole: a name may hold newlines
+    [[ $stat ]] || continue
     [[ ${stat##*) } == [ZX]* ]] && continue
+    if [[ $known && $EUID != 0 ]]; then  # what is another user's can be neither read nor ended
+      uid=
+      { while read -r key uid _; do [[ $key == Uid: ]] && break; done < "$folder/status"; } 2>/dev/null
+      [[ $uid == "$EUID" ]] || continue
+    fi
     mark=
     {
       while IFS= read -r -d '' entry; do

@@ -135,11 +135,20 @@ class Shell:
         report = HeadTail(REPORT_BYTES)
         out = Splitter(token.encode(), [stdout, stdout, report])
         err = Splitter(token.encode(), [stderr])
-        with contextlib.suppress(OSError):  # gone: the end of the stream says so
-            await self._socket.send(text.encode("utf-8", "surrogatepass"))
-            while payload is not None and (data := payload.read(READ_BYTES)):
-                await self._socket.send(data)
-        await self._read(out, err, free_bytes)
+        await self._send(text.encode("utf-8", "surrogatepass"))
+        if payload is None:
+            await self._read(out, err, free_bytes)
+        else:  # at the same time: who complains of every file does not read on until somebody hears it
+            failure: SandboxError | None = None
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._send_all, payload)
+                try:
+                    await self._read(out, err, free_bytes)
+                except SandboxError as error:  # as itself, not in a group
+                    failure = error
+                tasks.cancel_scope.cancel()
+            if failure is not None:
+                raise failure
         self._pending = [(STDERR, err.rest)] * bool(err.rest) + [(1, out.rest)] * bool(out.rest)
         if not (out.done and err.done):
             out.flush()
@@ -149,6 +158,14 @@ class Shell:
         if not status.isdigit():
             raise SandboxError(f"a shell's report was tampered with: {status[:100]!r}")
         return Report(int(status))
+
+    async def _send(self, data: bytes) -> None:
+        with contextlib.suppress(OSError):  # gone: the end of the stream says so
+            await self._socket.send(data)
+
+    async def _send_all(self, payload: IO[bytes]) -> None:
+        while data := payload.read(READ_BYTES):
+            await self._send(data)
 
     async def _read(self, out: Splitter, err: Splitter, free_bytes: float) -> None:
         """Until both have seen their last token, or the shell is dead."""
@@ -187,6 +204,8 @@ def line(
 ) -> str:
     """What is sent to bash for one command. See the module's first lines."""
     halves = f"{token[:16]} {token[16:]}"
+    name_of = secrets.token_hex(4)  # so that no earlier command can have made it readonly
+    status, home = f"__status_{name_of}", f"__back_{name_of}"
     source = "0</dev/null" if stdin is None else f"0< <(\\builtin printf %b {shlex.quote(escaped(stdin))})"
     for name in env or {}:
         check_variable(name)  # it stands there as it is
@@ -194,16 +213,17 @@ def line(
     run = f"{values}\\command eval {shlex.quote(command)}"
     if workdir is not None:
         # `cd` back by name: a subshell would lose what the command exports
-        run = f'__back="${{PWD-}}"; CDPATH= \\builtin cd -- {shlex.quote(workdir)} && {{ {run}; }}'
+        run = f'{home}="${{PWD-}}"; CDPATH= \\builtin cd -- {shlex.quote(workdir)} && {{ {run}; }}'
     exported = f"\\builtin export {MARK}={mark}; " if mark is not None else ""
     back = ""
     if workdir is not None:
-        back = 'CDPATH= \\builtin cd -- "$__back"; \\builtin unset __back; '
+        back = f'CDPATH= \\builtin cd -- "${home}"; \\builtin unset {home}; '
     return (
-        f"__status=1; \\builtin printf %s%s {halves}; {exported}"
+        f"{status}=1; \\builtin printf %s%s {halves}; {exported}"
         f"{{ {{ {run}; }} {source} 1>&98 2>&99 98>&- 99>&-; }} 98>&1 99>&2; "
-        f"{{ __status=$?; \\builtin set +exuv; \\builtin trap - DEBUG ERR RETURN; {back}}} >&- 2>&-\n"
-        f'\\builtin printf "%s%s%s\\0%s%s" {halves} "$__status" {halves}; \\builtin printf %s%s {halves} >&2\n'
+        f"{{ {status}=$?; \\builtin set +exuv; \\builtin trap - DEBUG ERR RETURN; {back}}} >&- 2>&-\n"
+        f'\\builtin printf "%s%s%s\\0%s%s" {halves} "${status}" {halves}; \\builtin printf %s%s {halves} >&2\n'
+        f"\\builtin unset {status}\n"
     )
 
 

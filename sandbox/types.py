@@ -65,6 +65,7 @@ class ExecResult:
     stderr_bytes: int
     duration_s: float
     oom_killed: bool = False  # the kernel ended one of its processes for want of memory
+    ended_shell: bool = False  # this command did: the next one gets a new shell
     shell_lost: bool = False  # earlier commands' `cd`, exports and functions are gone: see `Sandbox.run_command`
 
     @property
@@ -156,6 +157,17 @@ class Sandbox(Protocol):
 
         For before a verifier runs: no function, alias or daemon of the student's is there any longer.
         """
+        ...
+
+    async def close_shells(self, *users: str | None) -> None:
+        """These users' shells and those that move files start anew: what ran inside may have written into them."""
+        ...
+
+    async def run_apart(
+        self, script: str, *, timeout_s: float, env: Mapping[str, str] | None = None, user: str | None = None
+    ) -> bytes:
+        """What `script` prints, run by a bash of its own that reads no input: processes inside may kill it, but not
+        put commands into it, as into a shell. Raises `SandboxError` if it fails or takes longer."""
         ...
 
     async def cleanup(self) -> None:

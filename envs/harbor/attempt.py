@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import anyio
 from anyio.lowlevel import RunVar
 
-from envs.harbor.processes import Before, look_before
+from envs.harbor.processes import ROOT, Before, look_before
 from envs.harbor.task import HarborTask, Step, resolve_variables
 from envs.harbor.verifier import HOUSEKEEPING_S, Verdict, VerifierError, verify
 from errors import SandboxCommandTimeout, SandboxError
@@ -32,6 +33,7 @@ class HarborSettings:
     max_output_bytes: int = 16 * 1024  # of each stream of a command, as the student reads it
     network: Literal["task", "none"] = "task"
     agent_timeout_multiplier: float = 1.0
+    keep_services: bool = False  # what listens on a TCP port runs during the tests, and could forge their reward
     max_sandboxes: int = 64  # at once, in this process; further attempts wait
     pass_env: Mapping[str, str] = field(default_factory=dict, repr=False)  # variables of the host, by name
 
@@ -129,27 +131,40 @@ class Attempt:
         """Make the next step ready and start its clock."""
         self._index += 1
         step = self.step
+        if self._index == 0:
+            await self._look()
         if step.workdir is not None:
             await self._bring(step)
-        if self.graded and self._before is None:
-            users = [s.agent_user for s in self.task.steps] + [s.grading.user for s in self.task.steps]
-            self._before = await look_before(self.sandbox, users, timeout_s=HOUSEKEEPING_S)
         limit = float("inf") if step.agent_timeout_s is None else step.agent_timeout_s
         self._deadline = time.monotonic() + limit * self.settings.agent_timeout_multiplier
         return step
 
+    async def _look(self) -> None:
+        """What only an untouched sandbox tells: its processes, and where its image works."""
+        if self.graded:
+            users = [s.agent_user for s in self.task.steps] + [s.grading.user for s in self.task.steps]
+            self._before = await look_before(self.sandbox, users, timeout_s=HOUSEKEEPING_S)
+        if self._workdir is None and any(step.workdir is not None for step in self.task.steps):
+            self._workdir = (await self._command("pwd", "finding the working folder")).strip()
+
     async def _bring(self, step: Step) -> None:
         """A step's own files, into the working folder, and its setup.sh."""
-        assert step.workdir is not None
-        if self._workdir is None:
-            self._workdir = (await self._command("pwd", "finding the working folder")).strip()
-        await self.sandbox.upload_dir(step.workdir, self._workdir)
+        assert step.workdir is not None and self._workdir is not None
+        await self.sandbox.close_shells(ROOT)
+        await self._upload(step.workdir, self._workdir)
         if (step.workdir / "setup.sh").is_file():
             await self._command("bash ./setup.sh; s=$?; rm -f ./setup.sh; (exit $s)", f"setup.sh of step {step.name}")
 
+    async def _upload(self, folder: Path, target: str) -> None:
+        try:
+            await self.sandbox.upload_dir(folder, target)
+        except OSError as error:  # the agent's doing, perhaps: a file in the way, a full disk
+            raise SandboxError(f"{self.task.task_id}: the sandbox did not take {folder}: {error}") from error
+
     async def _command(self, command: str, doing: str) -> str:
+        """Of ours, and in no shell of the agent's."""
         result = await self.sandbox.run_command(
-            command, timeout_s=self.settings.command_timeout_s, workdir=self._workdir
+            command, timeout_s=self.settings.command_timeout_s, workdir=self._workdir, user=ROOT
         )
         if result.exit_code != 0:
             said = result.stderr.decode("utf-8", errors="replace").strip()[-500:]
@@ -160,7 +175,7 @@ class Attempt:
         """Run the step's own solution, as an agent would act: as its user, in its time. None: out of time."""
         step = self.step
         assert step.solution is not None, "asked for before the attempt begins"
-        await self.sandbox.upload_dir(step.solution, "/solution")
+        await self._upload(step.solution, "/solution")
         try:
             return await self.sandbox.run_command(
                 "bash /solution/solve.sh",
@@ -184,6 +199,7 @@ class Attempt:
                 env=self._resolved(step.grading.env, "verifier.env"),
                 workdir=self.task.workdir,
                 last=step is self.task.steps[-1],
+                keep_services=self.settings.keep_services,
             )
         except VerifierError as error:
             where = f", step {step.name}" if step.name else ""

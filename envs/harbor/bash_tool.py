@@ -64,7 +64,7 @@ class HarborBashTool:
 def shown(result: ExecResult, ending: str = "") -> str:
     """A command's output as the model reads it: never empty. `ending` replaces the exit code."""
     parts = []
-    if result.shell_lost:
+    if result.shell_lost and not result.ended_shell:
         parts.append("[the shell had ended; this is a new one, without earlier `cd`s and variables]")
     if result.stdout_bytes:
         parts.append(result.stdout_text)
@@ -74,4 +74,6 @@ def shown(result: ExecResult, ending: str = "") -> str:
         parts.append("[out of memory: a process was killed]")
     if ending or result.exit_code != 0 or not parts:
         parts.append(ending or f"[exit code {result.exit_code}]")
+    if result.ended_shell and not ending:
+        parts.append("[this ended the shell; the next command has a new one, without earlier `cd`s and variables]")
     return "\n".join(part.removesuffix("\n") for part in parts)

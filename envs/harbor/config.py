@@ -32,7 +32,8 @@ def _number_as_text(value: Any) -> Any:
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
 User = Annotated[Text, BeforeValidator(_number_as_text)]
-Variables = dict[str, Annotated[str, BeforeValidator(_number_as_text)]]
+VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+Variables = dict[VariableName, Annotated[str, BeforeValidator(_number_as_text)]]
 
 
 def megabytes(value: Any) -> Any:

@@ -2,16 +2,15 @@
 
 A process that was left behind could rewrite the reward at any moment: everything is ended before the tests
 run, and before the reward is read. Two things make it less simple. A task may ask for a server, which must
-answer the tests: processes that listen on a socket go on, with their children, until the tests have ended.
-And between the steps of a task, what the agent left running is stopped and goes on afterwards.
+answer the tests: if the user says so, processes that listen on a TCP port go on, with their children, until the
+tests have ended. And between the steps of a task, what the agent left running is stopped and goes on afterwards.
 
 The scripts below are bash without other programs, and take nothing from /proc but numbers: a process
-can name itself as it likes.
+can name itself as it likes. They run apart from the shells, whose input a process of root can write to.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -30,7 +29,9 @@ scan() {
   set +f; folders=(/proc/[0-9]*); set -f
   for folder in "${folders[@]}"; do
     pid=${folder#/proc/}
-    { read -r line < "$folder/stat"; } 2>/dev/null || continue
+    line=
+    { IFS= read -r -d '' line < "$folder/stat"; } 2>/dev/null  # whole: a name may hold newlines
+    [[ $line ]] || continue
     fields=(${line##*) })
     [[ ${fields[1]} =~ ^[0-9]+$ && ${fields[19]} =~ ^[0-9]+$ ]] || fields=(? 0 - - - - - - - - - - - - - - - - - 0)
     pids+=("$pid") state[$pid]=${fields[0]} parent[$pid]=${fields[1]} began[$pid]=${fields[19]}
@@ -70,9 +71,6 @@ for table in /proc/net/tcp /proc/net/tcp6; do
     [[ $state == 0A ]] && listening[$inode]=1
   done < "$table"
 done
-[[ -r /proc/net/unix ]] && while read -r _ _ _ flags _ _ inode _; do
-  [[ $flags == 00010000 ]] && listening[$inode]=1
-done < /proc/net/unix
 for folder in /proc/[0-9]*; do
   pid=${folder#/proc/}
   for link in "$folder"/fd/*; do
@@ -91,7 +89,6 @@ _STOP = (
 declare -A keep spare seen
 for key in $KEEP; do keep[$key]=1; done
 for pid in $SPARE; do spare[$pid]=1; done
-above[$FILES]=1
 for round in {1..200}; do
   scan
   lineage
@@ -129,30 +126,27 @@ async def look_before(sandbox: Sandbox, users: Sequence[str | None], *, timeout_
 
 
 async def listeners(sandbox: Sandbox, before: Before, *, timeout_s: float) -> list[str]:
-    """Processes that serve: those that listen on a socket."""
+    """Processes that serve: those that listen on a TCP port."""
     users = dict.fromkeys([ROOT, *before.numbers.values()])  # without ptrace rights, root sees only root's sockets
-    found = [await _checked(sandbox, _LISTENERS, timeout_s, user=user) for user in users]
-    return list(dict.fromkeys(" ".join(found).split()))
+    found = [await sandbox.run_apart(_LISTENERS, timeout_s=timeout_s, user=user) for user in users]
+    return list(dict.fromkeys(b" ".join(found).decode(errors="replace").split()))
 
 
 async def stop(sandbox: Sandbox, before: Before, spare: Sequence[str], *, timeout_s: float) -> list[str]:
-    """Stop all that was started since `before`, but for `spare` and what these have started. Returns the
-    process ids. Raises `SandboxError` if it cannot."""
-    status = await sandbox.read_file("/proc/self/status")  # its parent moves our files: it must not stop
-    files = re.search(rb"^PPid:\s*(\d+)$", status, re.MULTILINE)
-    env = {"KEEP": before.processes, "SPARE": " ".join(spare), "FILES": files[1].decode() if files else "1"}
-    return (await _checked(sandbox, _STOP, timeout_s, user=ROOT, env=env)).split()
+    """Stop all that was started since `before`, but for `spare` and what these have started: our shells too, if
+    they are open. Returns the process ids. Raises `SandboxError` if it cannot."""
+    env = {"KEEP": before.processes, "SPARE": " ".join(spare)}
+    return (await sandbox.run_apart(_STOP, timeout_s=timeout_s, user=ROOT, env=env)).decode().split()
 
 
 async def resume(sandbox: Sandbox, pids: Sequence[str], *, timeout_s: float) -> None:
     if pids:
-        await sandbox.run_command(f"kill -CONT {' '.join(pids)}", timeout_s=timeout_s, user=ROOT)
+        script = f"kill -CONT {' '.join(pids)} 2>/dev/null || true"  # some may have ended
+        await sandbox.run_apart(script, timeout_s=timeout_s, user=ROOT)
 
 
-async def _checked(
-    sandbox: Sandbox, script: str, timeout_s: float, *, user: str | None, env: Mapping[str, str] | None = None
-) -> str:
-    result = await sandbox.run_command(script, timeout_s=timeout_s, user=user, env=env)
+async def _checked(sandbox: Sandbox, script: str, timeout_s: float, *, user: str | None) -> str:
+    result = await sandbox.run_command(script, timeout_s=timeout_s, user=user)
     if result.exit_code != 0:
         said = result.stderr.decode("utf-8", errors="replace").strip()
         raise SandboxError(

@@ -1,7 +1,7 @@
 """Grading a step of a Harbor task: its own tests, in the agent's sandbox, after the agent has ended.
 
 The tests are uploaded only now, over nothing that the agent left; what it left running is ended first
-(`envs/harbor/processes.py`), and the tests run in a shell that it has never used.
+(`envs/harbor/processes.py`), and the tests run in a shell that was not there while the agent's processes ran.
 
 A reward above 0 counts only if `test.sh` also ended with status 0. What keeps us from knowing a reward
 (no reward file, one that cannot be read, tests that do not end, a sandbox that dies) is a `VerifierError`:
@@ -42,7 +42,8 @@ class Verdict:
     rewards: Mapping[str, float]
     exit_code: int
     overruled: bool  # the file said more than 0, but test.sh failed
-    services: int  # processes of the agent that listened, and were left running for the tests
+    services: int  # processes of the agent that listened
+    services_kept: bool  # and whether they ran during the tests: then they could write the reward
     duration_s: float
     output: str  # the end of what the tests printed
 
@@ -51,17 +52,26 @@ class Verdict:
             "verifier_s": self.duration_s,
             "verifier_overruled": float(self.overruled),
             "services": float(self.services),
+            "services_kept": float(self.services * self.services_kept),
         } | {f"reward/{key}": value for key, value in self.rewards.items() if key != "reward"}
 
 
 async def verify(
-    sandbox: Sandbox, grading: Grading, before: Before, *, env: Mapping[str, str], workdir: str | None, last: bool
+    sandbox: Sandbox,
+    grading: Grading,
+    before: Before,
+    *,
+    env: Mapping[str, str],
+    workdir: str | None,
+    last: bool,
+    keep_services: bool,
 ) -> Verdict:
     """Grade what the agent did. `env` is the resolved environment of the tests; unless `last`, what the
-    agent left running goes on afterwards. Raises `VerifierError`."""
+    agent left running goes on afterwards; with `keep_services`, what listens runs during the tests, too.
+    Raises `VerifierError`."""
     try:
         services = await processes.listeners(sandbox, before, timeout_s=HOUSEKEEPING_S)
-        stopped = await _quieten(sandbox, before, services, last=last)
+        stopped = await _quieten(sandbox, before, services if keep_services else [], last=last)
         await _upload(sandbox, grading, before)
         result = await _run_tests(sandbox, grading, before, env=env, workdir=workdir)
         stopped += await _quieten(sandbox, before, [], last=last)
@@ -69,6 +79,7 @@ async def verify(
         output = await _output(sandbox)
         if not last:
             await _checked(sandbox, f"rm -rf /tests {FOLDER}", "clearing away the tests")
+            await sandbox.close_shells(ROOT, *before.numbers.values())
             await processes.resume(sandbox, stopped, timeout_s=HOUSEKEEPING_S)
     except SandboxError as error:
         raise VerifierError(f"the verifier's sandbox failed: {error}") from error
@@ -87,20 +98,21 @@ async def verify(
         exit_code=result.exit_code,
         overruled=overruled,
         services=len(services),
+        services_kept=keep_services,
         duration_s=result.duration_s,
         output=output[-_LAST_OUTPUT:],
     )
 
 
 async def _quieten(sandbox: Sandbox, before: Before, services: Sequence[str], *, last: bool) -> list[str]:
-    """Nothing of the agent's runs any longer, but for `services`. Returns what is to go on, if not the `last`."""
-    if not last:
-        return await processes.stop(sandbox, before, services, timeout_s=HOUSEKEEPING_S)
-    if services:
-        await processes.stop(sandbox, before, services, timeout_s=HOUSEKEEPING_S)
-    else:
+    """Nothing of the agent's runs any longer, but for `services`, and no shell is open that it could have written
+    into. Returns what is to go on, if not the `last`."""
+    if last and not services:
         await sandbox.end_processes()
-    return []
+        return []
+    await sandbox.close_shells(ROOT, *before.numbers.values())
+    stopped = await processes.stop(sandbox, before, services, timeout_s=HOUSEKEEPING_S)
+    return [] if last else stopped
 
 
 async def _upload(sandbox: Sandbox, grading: Grading, before: Before) -> None:

@@ -268,3 +268,21 @@ def test_the_engine_is_asked_before_anything_is_loaded(monkeypatch: pytest.Monke
     config = parse_config(evaluate_harbor.Config, ["agent=oracle"])
     with pytest.raises(SandboxUnavailableError):
         harbor_setup.prepare_engine(config.tasks(eval_size=0, seed=0))
+
+
+def test_what_a_student_may_have_said_is_kept_and_found_again(tmp_path: Path):
+    path = tmp_path / "attempts.jsonl"
+    store = evaluate_harbor.Store(path)
+    for k, text in enumerate(["a\u2028b\x85c", "half \ud83d of it"]):
+        store.add(evaluate_harbor.Record("t", k, 1.0, 1.0, messages=[{"content": text}]))
+    again = evaluate_harbor.Store(path)
+    assert [r.messages[0]["content"] for r in again.records.values()] == ["a\u2028b\x85c", "half ? of it"]
+
+
+def test_passes_beside_services_and_failures_after_their_end_are_listed_apart():
+    kept, ended = {"services": 1.0, "services_kept": 1.0}, {"services": 2.0, "services_kept": 0.0}
+    rows = [(1.0, kept), (0.0, kept), (1.0, ended), (0.0, ended), (0.0, ended), (1.0, {})]
+    numbers = evaluate_harbor.summary(
+        [evaluate_harbor.Record("t", k, 1.0, reward, metrics=m) for k, (reward, m) in enumerate(rows)]
+    )
+    assert (numbers["passes_beside_kept_services"], numbers["failures_after_services_were_ended"]) == (1, 2)

@@ -48,6 +48,7 @@ class ScriptedSandbox:
     calls: list[Call] = field(default_factory=list)
     removed: bool = False
     services: str = ""  # pids that listen
+    refuses: OSError | None = None  # what an upload fails with
     leftovers: str = ""  # pids that the stopping script finds
     id: str = "scripted"
 
@@ -82,13 +83,12 @@ class ScriptedSandbox:
         if "id -u" in command:
             return result({None: "0:0", "agent": "1000:1000"}.get(user, "5:5") + "\n")
         if "kill -STOP" in command:
-            assert call.env["FILES"] == "41"
             self.events.append(f"stopped, but {call.env['SPARE']}" if call.env["SPARE"] else "stopped")
             return result(self.leftovers)
         if "/proc/net/tcp" in command:
             return result(self.services)
         if command.startswith("kill -CONT"):
-            self.events.append(command)
+            self.events.append(command.partition(" 2>")[0])
             return result()
         if command.startswith(("chmod a+rx /tests", "tail -c")):
             return result()
@@ -97,8 +97,6 @@ class ScriptedSandbox:
 
     async def read_file(self, path: str, *, max_bytes: int | None = None) -> bytes:
         self.check()
-        if path == "/proc/self/status":
-            return b"Name:\thead\nPPid:\t41\n"
         if path not in self.files:
             raise FileNotFoundError(path)
         self.events.append(f"read {path}")
@@ -109,6 +107,8 @@ class ScriptedSandbox:
 
     async def upload_dir(self, source: Path, target: str) -> None:
         self.check()
+        if self.refuses is not None:
+            raise self.refuses
         self.events.append(f"uploaded {source.name} to {target}")
         self.files |= {f"{target}/{p.relative_to(source)}": p.read_bytes() for p in source.rglob("*") if p.is_file()}
 
@@ -118,6 +118,15 @@ class ScriptedSandbox:
     async def end_processes(self) -> None:
         self.check()
         self.events.append("ended")
+
+    async def close_shells(self, *users: str | None) -> None:
+        self.check()
+        self.events.append("new shells")
+
+    async def run_apart(
+        self, script: str, *, timeout_s: float, env: Mapping[str, str] | None = None, user: str | None = None
+    ) -> bytes:
+        return (await self.run_command(script, timeout_s=timeout_s, env=env, user=user)).stdout
 
     async def cleanup(self) -> None:
         await anyio.lowlevel.checkpoint()  # raises if a cancellation reaches in here

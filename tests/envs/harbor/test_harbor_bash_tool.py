@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from scripted_sandbox import Call, ScriptedSandbox, result
 
@@ -40,6 +42,11 @@ async def said(sandbox: ScriptedSandbox, command: str = "x", seconds_left: float
             ExecResult(0, b"x", b"", 1, 0, 0.1, shell_lost=True),
             "[the shell had ended; this is a new one, without earlier `cd`s and variables]\nx",
         ),
+        (
+            ExecResult(3, b"x", b"", 1, 0, 0.1, shell_lost=True, ended_shell=True),
+            "x\n[exit code 3]\n"
+            "[this ended the shell; the next command has a new one, without earlier `cd`s and variables]",
+        ),
     ],
 )
 def test_output_as_text(ran: ExecResult, text: str):
@@ -64,7 +71,7 @@ async def test_a_command_gets_no_more_than_is_left_of_the_attempts_time():
 
 async def test_a_command_out_of_time_is_told_with_what_it_wrote():
     def slow(sandbox: ScriptedSandbox, call: Call) -> ExecResult:
-        raise TimedOut(call.timeout_s, result("so far\n", exit_code=137))
+        raise TimedOut(call.timeout_s, replace(result("so far\n", exit_code=137), shell_lost=True, ended_shell=True))
 
     answer = await said(ScriptedSandbox(agent=slow))
     assert answer.result.content.startswith("so far\n[killed after 30 s, with all that it had started")

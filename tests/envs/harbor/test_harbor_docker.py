@@ -28,6 +28,7 @@ from recipes.cli import parse_config
 from sandbox.base_image import ensure_base_image
 from sandbox.docker_engine import connect
 from sandbox.reap import SANDBOX_LABEL
+from training.run_dir import read_metrics
 
 pytestmark = [pytest.mark.docker, pytest.mark.anyio]
 RUN = f"harbor-test{os.getpid()}"
@@ -70,8 +71,8 @@ def heard(group: EpisodeGroup) -> list[str]:
     return [m["content"] for turn in group.episodes[0].turns for m in turn.observation]
 
 
-async def reward_of(task: HarborTask, *commands: str) -> float:
-    group = await attempts(task, *map(bash, commands), "Done.")
+async def reward_of(task: HarborTask, *commands: str, **settings: Any) -> float:
+    group = await attempts(task, *map(bash, commands), "Done.", **settings)
     assert group.dropped == (), group.causes
     return group.episodes[0].reward
 
@@ -121,6 +122,65 @@ async def test_a_forged_reward_counts_nothing(how: str):
     assert await reward_of(STARTERS["edit-json"], FORGERIES[how]) == 0.0
 
 
+UNTIL_IT_LISTENS = "for i in {1..300}; do grep -q ' 0A ' /proc/net/tcp && break; sleep 0.1; done"
+SERVERS = {  # one thing that forges and listens
+    "on a port": "AF_INET",
+    "on a unix socket": "AF_UNIX",
+}
+
+
+@pytest.mark.parametrize("where", SERVERS)
+@pytest.mark.parametrize("keep", [False, True])
+async def test_a_server_that_forges_is_ended_like_anything_else(where: str, keep: bool):
+    """Unless it is a server and servers are to be kept: then its reward is listed apart, since it may be forged."""
+    address = "('127.0.0.1', 8123)" if where == "on a port" else "'/tmp/s'"
+    forge = (
+        f"import socket, time\ns = socket.socket(socket.{SERVERS[where]}); s.bind({address}); s.listen()\n"
+        "while True:\n  try: open('/logs/verifier/reward.json', 'w').write('{\"reward\": 1}')\n"
+        "  except OSError: pass\n  time.sleep(0.005)\n"
+    )
+    start = f"cat > /tmp/f.py <<'E'\n{forge}E\nsetsid python3 /tmp/f.py > /dev/null 2>&1 &\n"
+    start += UNTIL_IT_LISTENS if where == "on a port" else "sleep 2"
+    group = await attempts(STARTERS["edit-json"], bash(start), "Done.", keep_services=keep)
+    listens = float(where == "on a port")
+    if keep and listens and not group.episodes:  # it was read while half written: no reward either
+        return
+    (episode,) = group.episodes
+    assert (episode.metrics["services"], episode.metrics["services_kept"]) == (listens, listens * keep)
+    if not (keep and listens):
+        assert episode.reward == 0.0
+
+
+FEEDER = """
+import os, sys, time
+while True:  # writes into every shell that the engine has started, ours too
+    for pid in filter(str.isdigit, os.listdir('/proc')):
+        try:
+            parent = open(f'/proc/{pid}/stat').read().rpartition(')')[2].split()[1]
+            name = open(f'/proc/{pid}/comm').read().strip()
+            if parent == '0' and name == 'bash' and pid not in sys.argv[1:]:
+                sys.argv.append(pid)
+                handle = os.open(f'/proc/{pid}/fd/0', os.O_WRONLY | os.O_NONBLOCK)
+                os.write(handle, b'head() { echo 1; }; cat() { true; }; printf() { builtin printf "$@"; }; true\\n')
+        except (OSError, IndexError):
+            pass
+    time.sleep(float(os.environ['PAUSE']))
+"""
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 0.05])
+async def test_what_is_written_into_our_shells_forges_no_reward(pause_s: float):
+    task = STARTERS["grow-a-report"]
+    first = (task.folder / "steps/first-list/solution/solve.sh").read_text()
+    feed = (
+        f"cat > /tmp/f.py <<'E'\n{FEEDER}E\nPAUSE={pause_s} setsid python3 /tmp/f.py $$ > /dev/null 2>&1 &\nsleep 0.5"
+    )
+    group = await attempts(task, bash(first), "One.", bash(feed), "Two.")
+    assert [e.reward for e in group.episodes] in ([], [0.5])
+    early = await attempts(task, bash(feed), "One.", "Two.")
+    assert [e.reward for e in early.episodes] in ([], [0.0])
+
+
 async def test_honest_work_passes_whatever_else_was_left():
     task = STARTERS["edit-json"]
     solution = (task.folder / "solution/solve.sh").read_text()
@@ -155,13 +215,14 @@ def a_task(folder: Path, test: str, toml: str = "", dockerfile: str = "FROM prot
 REWARD_IF = "if {}; then echo 1; else echo 0; fi > /logs/verifier/reward.txt"
 
 
-async def test_a_server_that_the_task_asks_for_still_answers(tmp_path: Path):
+async def test_a_server_that_the_task_asks_for_still_answers_if_it_is_kept(tmp_path: Path):
     ask = 'python3 -c \'import urllib.request as u; assert u.urlopen("http://127.0.0.1:8080").read() == b"hello"\''
     task = a_task(tmp_path, REWARD_IF.format(ask))
     site = "mkdir -p /srv; printf hello > /srv/index.html; cd /srv"
-    serve = f"{site}; python3 -m http.server 8080 > /dev/null 2>&1 &\nsleep 1"
-    assert await reward_of(task, serve) == 1.0
-    assert await reward_of(task, "true") == 0.0
+    serve = f"{site}; python3 -m http.server 8080 > /dev/null 2>&1 &\n{UNTIL_IT_LISTENS}"
+    assert await reward_of(task, serve, keep_services=True) == 1.0
+    assert await reward_of(task, "true", keep_services=True) == 0.0
+    assert await reward_of(task, serve) == 0.0
 
 
 async def test_users_environment_and_folder_are_the_tasks(tmp_path: Path):
@@ -264,7 +325,7 @@ def test_an_evaluation_goes_on_where_it_stopped(
 ):
     argv = ["agent=oracle", f"log_path={tmp_path / 'run'}", "task_names=edit-json,sum-csv", "samples=2"]
     evaluate_harbor.main(parse_config(evaluate_harbor.Config, argv))
-    file = tmp_path / "run/episodes/attempts.jsonl"
+    file = tmp_path / "run/episodes/step_000000.jsonl"
     lines = file.read_text().splitlines(keepends=True)
     assert len(lines) == 4 and "4 of 4 attempts to make" in capsys.readouterr().out
     dropped = json.loads(lines[1]) | {"dropped": "sandbox", "cause": "x", "reward": None}
@@ -272,6 +333,6 @@ def test_an_evaluation_goes_on_where_it_stopped(
     evaluate_harbor.main(parse_config(evaluate_harbor.Config, argv))
     out = capsys.readouterr().out
     assert "2 of 4 attempts to make" in out and "± 0.0000" in out
-    results = json.loads((tmp_path / "run/results.json").read_text())
+    (results,) = read_metrics(tmp_path / "run")
     assert (results["attempts"], results["graded"], results["pass_rate"]) == (4, 4, 1.0)
     assert sandboxes_left(client, "run") == []

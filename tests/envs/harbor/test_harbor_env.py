@@ -244,7 +244,15 @@ async def test_the_next_instruction_follows_an_answer_without_a_call(two_steps: 
     assert episode.turns[1].observation[0]["role"] == "user"
     assert episode.token_ids.tolist() == student.sent[-1] + student.said[-1]
     assert (episode.stop_reason, episode.reward) == (StopReason.COMPLETED, 0.0)
-    assert sandboxes.made[0].events == ["a", "pwd", "uploaded workdir to /app", "b"]
+    (sandbox,) = sandboxes.made  # the folder is found before the agent can `cd` away, and in no shell of its own
+    assert sandbox.events == ["pwd", "a", "new shells", "uploaded workdir to /app", "b"]
+    assert {call.command: call.user for call in sandbox.calls} == {"pwd": "0:0", "a": None, "b": None}
+
+
+async def test_files_that_the_sandbox_does_not_take_drop_the_attempt_alone(two_steps: Callable[..., HarborTask]):
+    sandboxes = ScriptedSandboxes([{"refuses": FileExistsError(17, "File exists")}, {}])
+    done = await run(builder(two_steps(), sandboxes, group_size=2), EachSays("One.", "Two."))
+    assert (len(done.episodes), done.dropped) == (1, ("sandbox",)) and "File exists" in done.causes[0]
 
 
 @pytest.mark.parametrize(

@@ -288,3 +288,9 @@ def test_a_variable_that_is_not_let_in_is_named_with_its_table(tmp_path: Path, t
     with pytest.raises(ConfigError, match=rf"{table}\.env asks for this machine's \$API_KEY"):
         check_variables(task, {})
     check_variables(task, {"API_KEY": "k"})
+
+
+@pytest.mark.parametrize("table", ["environment", "verifier", "solution"])
+def test_a_variable_that_no_shell_can_have_is_refused_when_the_task_is_read(tmp_path: Path, table: str):
+    with pytest.raises(DataError, match=rf"{table}\.env\.my-var"):
+        load_task(make_task(tmp_path, f"[{table}.env]\nmy-var = 'x'"))

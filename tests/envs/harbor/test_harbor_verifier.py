@@ -25,10 +25,14 @@ def tests_folder(tmp_path: Path) -> Path:
     return folder
 
 
-async def graded(sandbox: ScriptedSandbox, folder: Path, *, last: bool = True, **options: Any) -> Verdict:
+async def graded(
+    sandbox: ScriptedSandbox, folder: Path, *, last: bool = True, keep_services: bool = False, **options: Any
+) -> Verdict:
     grading = Grading((folder,), **{"timeout_s": 70.0, "env": {}, "user": None, **options})
     before = Before("1:7", {None: "0:0", "grader": "12:13"})
-    return await verify(sandbox, grading, before, env={"KEY": "value"}, workdir="/app", last=last)
+    return await verify(
+        sandbox, grading, before, env={"KEY": "value"}, workdir="/app", last=last, keep_services=keep_services
+    )
 
 
 async def test_tests_are_uploaded_over_nothing_and_run_after_everything_was_ended(tests_folder: Path):
@@ -105,19 +109,22 @@ async def test_a_sandbox_that_dies_is_an_error_and_no_reward(tests_folder: Path)
         await graded(ScriptedSandbox(tests=tests), tests_folder)
 
 
-async def test_what_listens_goes_on_until_the_tests_have_ended(tests_folder: Path):
+@pytest.mark.parametrize(("keep", "first"), [(True, "stopped, but 77"), (False, "ended")])
+async def test_what_listens_goes_on_until_the_tests_have_ended_if_the_user_says_so(
+    tests_folder: Path, keep: bool, first: str
+):
     sandbox = ScriptedSandbox(services="77 ")
-    verdict = await graded(sandbox, tests_folder)
-    assert verdict.metrics()["services"] == 1
+    metrics = (await graded(sandbox, tests_folder, keep_services=keep)).metrics()
+    assert (metrics["services"], metrics["services_kept"]) == (1, keep)
     order = [event for event in sandbox.events if event.startswith(("stopped", "ended", "tests"))]
-    assert order == ["stopped, but 77", "tests as 0:0", "ended"]
+    assert order == [first, "tests as 0:0", "ended"]
 
 
 async def test_between_steps_the_tests_go_away_and_what_ran_goes_on(tests_folder: Path):
     sandbox = ScriptedSandbox(leftovers="31 32")
     verdict = await graded(sandbox, tests_folder, last=False)
     assert verdict.reward == 1.0 and "ended" not in sandbox.events
-    assert sandbox.events[-2:] == ["wiped", "kill -CONT 31 32 31 32"]
+    assert sandbox.events[-3:] == ["wiped", "new shells", "kill -CONT 31 32 31 32"]
     assert not any(path.startswith(("/tests", "/logs/verifier")) for path in sandbox.files)
 
 
