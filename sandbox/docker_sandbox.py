@@ -256,7 +256,9 @@ class DockerSandbox:
         self, script: str, *, timeout_s: float, env: Mapping[str, str] | None = None, user: str | None = None
     ) -> bytes:
         self._check_alive()
-        stdout, stderr, exit_code = await self._run_apart(["-c", script], f"{self._name}-apart", timeout_s, env, user)
+        stdout, stderr, exit_code = await self._run_apart(
+            ["-c", f"exec < /dev/null; {script}"], f"{self._name}-apart", timeout_s, env, user
+        )
         if exit_code != 0:
             said = stderr.decode(errors="replace").strip()[-500:]
             ended = f"did not end within {timeout_s:g} s" if exit_code is None else f"failed with status {exit_code}"

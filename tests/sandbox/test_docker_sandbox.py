@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import AsyncIterator
+from pathlib import Path
 
+import anyio
 import docker
 import pytest
 from sandbox_conformance import CONFIG, Commands, Ends, Make, SandboxConformance
@@ -107,3 +109,81 @@ async def test_a_run_may_have_any_name(client: docker.APIClient, image: str):
 async def test_more_cpus_than_there_are_become_all_there_are(make: Make):
     sandbox = await make(SandboxConfig(cpus=10_000))
     assert (await sandbox.run_command("true", timeout_s=20)).exit_code == 0
+
+
+async def test_what_a_command_leaves_readonly_does_not_break_the_next(sandbox: Sandbox):
+    await sandbox.run_command("readonly __status=0 __back=/", timeout_s=20)
+    result = await sandbox.run_command("pwd; (exit 3)", timeout_s=20, workdir="/tmp")
+    assert (result.exit_code, result.stdout) == (3, b"/tmp\n")
+    assert b"__status_" not in (await sandbox.run_command("true", timeout_s=20)).stdout
+
+
+async def test_a_command_that_ends_its_shell_says_so(sandbox: Sandbox):
+    ended = await sandbox.run_command("echo out; exit 3", timeout_s=20)
+    after = await sandbox.run_command("true", timeout_s=20)
+    assert (ended.ended_shell, after.ended_shell, after.shell_lost) == (True, False, True)
+
+
+async def test_a_sandbox_survives_signals_to_all_processes(sandbox: Sandbox):
+    for signal in ("TERM", "HUP", "INT", "QUIT", "USR1", "USR2"):
+        await sandbox.run_command(f"kill -{signal} -1", timeout_s=20)
+    assert (await sandbox.run_command("echo here", timeout_s=20)).stdout == b"here\n"
+
+
+async def test_an_upload_that_complains_of_every_file_returns(make: Make, tmp_path: Path):
+    for n in range(20_000):
+        (tmp_path / f"{n:05}-{'x' * 100}").write_bytes(b"x" * 200)
+    sandbox = await make(SandboxConfig(memory_mb=256, tmpfs_mb={"/small": 1}))
+    with anyio.fail_after(120), pytest.raises(OSError, match="No space left"):
+        await sandbox.upload_dir(tmp_path, "/small/there")
+    assert (await sandbox.run_command("echo here", timeout_s=20)).stdout == b"here\n"
+    await sandbox.cleanup()
+
+
+RENAMED = r"""python3 - <<'E'
+import ctypes, time
+ctypes.CDLL(None).prctl(15, b"a) Z\nb", 0, 0, 0)
+time.sleep(900)
+E"""
+
+
+async def test_seen_from_inside_a_process_cannot_pass_for_dead_by_its_name(make: Make, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(docker_sandbox, "host_view", lambda container, init_pid: None)
+    sandbox = await make(CONFIG)
+    with pytest.raises(TimedOut):
+        await sandbox.run_command(RENAMED, timeout_s=3)
+    found = await sandbox.run_command("grep -las 'time.sleep\\|python3' /proc/[0-9]*/cmdline; true", timeout_s=20)
+    assert not [p for p in found.stdout.split() if b"self" not in p and len(p) > 0 and await alive(sandbox, p)]
+    await sandbox.cleanup()
+
+
+async def alive(sandbox: Sandbox, path: bytes) -> bool:
+    """Whether a process of which /proc tells this file is a python."""
+    return b"python3" in (await sandbox.run_command(f"tr '\\0' ' ' < {path.decode()}", timeout_s=20)).stdout[:10]
+
+
+async def test_seen_from_inside_the_timeout_of_another_user_leaves_the_sandbox(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(docker_sandbox, "host_view", lambda container, init_pid: None)
+    sandbox = await make(CONFIG)
+    await sandbox.run_command("sleep 900 &", timeout_s=20)
+    with pytest.raises(TimedOut):
+        await sandbox.run_command("sleep 900", timeout_s=2, user="nobody")
+    assert (await sandbox.run_command("kill -0 %1 && echo here", timeout_s=20)).stdout == b"here\n"
+    await sandbox.cleanup()
+
+
+async def test_what_runs_apart_reads_nothing_and_a_failure_is_ours(sandbox: Sandbox):
+    said = await sandbox.run_apart('echo "$A"; cat', timeout_s=20, env={"A": "b"}, user="nobody")
+    assert said == b"b\n"
+    with pytest.raises(SandboxError, match="failed with status 3: no"):
+        await sandbox.run_apart("echo no >&2; exit 3", timeout_s=20)
+
+
+async def test_closed_shells_start_anew_and_the_others_stay(sandbox: Sandbox):
+    for user in (None, "nobody"):
+        await sandbox.run_command("A=1; cd /tmp", timeout_s=20, user=user)
+    await sandbox.close_shells("nobody")
+    assert (await sandbox.run_command("echo $A", timeout_s=20)).stdout == b"1\n"
+    assert (await sandbox.run_command("echo $A", timeout_s=20, user="nobody")).stdout == b"\n"
