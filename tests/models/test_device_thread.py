@@ -46,6 +46,7 @@ def test_a_cancelled_caller_waits_until_the_function_has_ended():
 
 
 def test_ctrl_c_interrupts_the_function_and_the_thread_lives_on():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a process started in the background ignores it
     interrupted = threading.Event()
 
     def work() -> None:
