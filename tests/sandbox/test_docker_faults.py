@@ -243,5 +243,5 @@ async def test_hundreds_of_lives_leave_no_container_descriptor_or_thread(
         for worker in range(8):
             tasks.start_soon(lives, worker * 25, 25)
     assert names(client, factory._run) == []
-    assert me.num_fds() <= descriptors + 16  # connections that the SDK keeps for later
+    assert me.num_fds() <= descriptors + 32  # connections that the SDK keeps for later; a leak would be one per life
     assert threading.active_count() <= 2 * (os.cpu_count() or 1) + 16 + 8
