@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,6 +87,19 @@ def model(
     made.generation_config.eos_token_id = None
     made.generation_config.pad_token_id = 0
     return made.eval()
+
+
+def vllm_model(architecture: str = "llama", *, seed: int = 0, **changes: Any) -> Any:
+    """A random model of head size 32, the smallest that vLLM's attention on CPUs takes."""
+    heads = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    return model(architecture, seed=seed, **{**heads, **changes})
+
+
+def vllm_folder(folder: Path, model: Any, tokenizer: Any = None) -> str:
+    """Model and tokenizer, as vLLM loads them. The tokenizer has one id per letter if none is given."""
+    model.save_pretrained(folder)
+    (tokenizer or letters()).save_pretrained(folder)
+    return str(folder)
 
 
 def plain_logits(model: Any, ids: Sequence[int]) -> Tensor:
