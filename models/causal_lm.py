@@ -6,13 +6,17 @@ the head, and so that full `[T, vocab]` logits never exist.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -39,11 +43,15 @@ class CausalLM:
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, compute_dtype: torch.dtype = torch.float32, use_adapter: bool = True
+        self,
+        model: PreTrainedModel,
+        *,
+        compute_dtype: torch.dtype = torch.float32,
+        adapters: tuple[str, ...] | None = None,
     ) -> None:
         self.model = model
         self.compute_dtype = compute_dtype
-        self.use_adapter = use_adapter
+        self.adapters = adapters  # PEFT's names of those that it reads with; None: the ones that are active anyway
         self.packed = model.config._attn_implementation == attention.NAME
         self.head_scale = 1.0
         self.head_softcap: float | None = None
@@ -84,11 +92,23 @@ class CausalLM:
             )
         return lm
 
-    def without_adapter(self) -> CausalLM:
-        """The same weights with LoRA switched off: a teacher that shares its student's base for free."""
-        view = CausalLM(self.model, compute_dtype=self.compute_dtype, use_adapter=False)
-        view.packed, view.head_scale, view.head_softcap = self.packed, self.head_scale, self.head_softcap
-        return view
+    def with_adapter(self, name: str | None) -> CausalLM:
+        """The same weights read with that adapter, or with none: a teacher that shares its student's base for free.
+
+        Make it when all adapters are attached. Switching touches neither weights nor `requires_grad`.
+        """
+        return self._like(self.model, () if name is None else (name,))
+
+    def frozen_copy(self) -> CausalLM:
+        """The same model with weights of its own, that nothing trains."""
+        model = copy.deepcopy(self.model).eval()
+        model.requires_grad_(False)
+        return self._like(model, self.adapters)
+
+    def _like(self, model: PreTrainedModel, adapters: tuple[str, ...] | None) -> CausalLM:
+        lm = CausalLM(model, compute_dtype=self.compute_dtype, adapters=adapters)
+        lm.packed, lm.head_scale, lm.head_softcap = self.packed, self.head_scale, self.head_softcap
+        return lm
 
     @property
     def device(self) -> torch.device:
@@ -112,13 +132,28 @@ class CausalLM:
             if self.compute_dtype == torch.float32
             else torch.autocast(self.device.type, dtype=self.compute_dtype)
         )
-        adapter = (
-            self.model.disable_adapter()  # type: ignore[operator]
-            if not self.use_adapter and hasattr(self.model, "disable_adapter")
-            else nullcontext()
-        )
-        with cast, adapter:
+        with cast, self._reading_with_its_adapters():
             yield
+
+    @cached_property
+    def _switches(self) -> list[Any]:
+        return [m for m in self.model.modules() if isinstance(m, BaseTunerLayer | ModulesToSaveWrapper)]
+
+    @contextmanager
+    def _reading_with_its_adapters(self) -> Iterator[None]:
+        if self.adapters is None:
+            yield
+            return
+        # why: PEFT's own switches also turn `requires_grad` on and off, and the student's flags are not ours to touch
+        before = [layer._active_adapter for layer in self._switches]
+        for layer in self._switches:
+            there = layer.modules_to_save if isinstance(layer, ModulesToSaveWrapper) else self.adapters
+            layer._active_adapter = [name for name in self.adapters if name in there]
+        try:
+            yield
+        finally:
+            for layer, active in zip(self._switches, before, strict=True):
+                layer._active_adapter = active
 
     def hidden(self, sequences: Sequence[Tensor]) -> Float[Tensor, "T h"]:
         """Final hidden states of the sequences (int64 [length] each), end to end. Differentiable."""

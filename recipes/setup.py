@@ -19,19 +19,12 @@ from envs.prompt_only import PromptOnlyGroupBuilder
 from envs.rendering import Renderer, make_renderer
 from errors import ConfigError, DataError
 from models import attention
+from models.adapters import add_lora
 from models.causal_lm import CausalLM
 from models.checks import check_pair, default_device
 from models.cpu_matmul import use_fast_exact_matmul
-from models.loading import (
-    ModelSource,
-    add_lora,
-    check_source,
-    estimate_memory,
-    is_adapter,
-    load_config,
-    load_model,
-    load_tokenizer,
-)
+from models.loading import estimate_memory, load_config, load_model, load_tokenizer
+from models.sources import ModelSource, check_source, is_adapter
 from models.teacher_view import ViewMaker
 from models.transformers_sampler import TransformersSampler
 from models.transformers_scorer import TransformersScorer

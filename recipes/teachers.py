@@ -10,7 +10,7 @@ from typing import Any
 from envs.rendering import Renderer
 from errors import ConfigError, ModelError
 from models.checks import PairReport
-from models.loading import ModelSource, is_adapter, source_fingerprint
+from models.sources import ModelSource, is_adapter, source_fingerprint
 from models.teacher_view import ViewMaker
 
 

@@ -22,7 +22,10 @@ from transformers import (
 
 from errors import ConfigError, ModelError
 from models import loading
-from models.loading import ModelSource, add_lora, load_config, load_model, load_tokenizer, source_fingerprint
+from models import sources as model_sources
+from models.adapters import add_lora
+from models.loading import load_config, load_model, load_tokenizer
+from models.sources import ModelSource, check_source, source_fingerprint
 
 CPU = torch.device("cpu")
 VOCAB = 259
@@ -89,7 +92,7 @@ def tied_head(model) -> bool:
     return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
-def refusal(source: ModelSource, act=loading.check_source) -> str:
+def refusal(source: ModelSource, act=check_source) -> str:
     with pytest.raises(ModelError) as caught:
         act(source)
     return str(caught.value)
@@ -312,7 +315,7 @@ def test_a_damaged_tokenizer_is_refused(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["/no/where", "./nowhere", "~/no_such_model", "a/b/c", "model.gguf"])
 def test_a_name_that_looks_like_a_path_is_never_taken_for_a_hub_id(name: str, monkeypatch):
-    monkeypatch.setattr(loading, "HfApi", lambda: pytest.fail("asked the hub"))
+    monkeypatch.setattr(model_sources, "HfApi", lambda: pytest.fail("asked the hub"))
     assert f"{name}: no such" in refusal(ModelSource(name))
 
 
@@ -347,7 +350,7 @@ def test_an_unreachable_hub_costs_one_request_and_points_to_a_local_folder(monke
             asked.append(name)
             raise ConnectionError("Name or service not known")
 
-    monkeypatch.setattr(loading, "HfApi", Hub)
+    monkeypatch.setattr(model_sources, "HfApi", Hub)
     message = refusal(ModelSource("protege-tests/no-such-model"), load_tokenizer)
     assert "Name or service not known" in message and "give a local folder" in message
     assert asked == ["protege-tests/no-such-model"]
@@ -373,8 +376,8 @@ def test_one_folder_has_one_fingerprint_by_any_route(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("whole_file_bytes", [64 << 20, 0])
 def test_different_checkpoints_have_different_fingerprints(whole_file_bytes: int, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(loading, "_WHOLE_FILE_BYTES", whole_file_bytes)
-    monkeypatch.setattr(loading, "_STRIDE_BYTES", 8192)
+    monkeypatch.setattr(model_sources, "_WHOLE_FILE_BYTES", whole_file_bytes)
+    monkeypatch.setattr(model_sources, "_STRIDE_BYTES", 8192)
     for seed in (0, 1):
         make_folder(tmp_path / f"m{seed}", seed=seed)
     trained_adapter(tmp_path / "m0", tmp_path / "a")

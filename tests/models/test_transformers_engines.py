@@ -401,7 +401,7 @@ async def test_a_base_view_scores_without_the_adapter():
     expected_adapted = tiny.plain_logprobs(adapted, ids[:5].tolist(), ids[5:].tolist())
     assert (expected_base - expected_adapted).abs().max() > 0.1
     lm = CausalLM.verified(adapted)  # type: ignore[arg-type]
-    student, teacher = TransformersScorer("s", lm), TransformersScorer("t", lm.without_adapter())
+    student, teacher = TransformersScorer("s", lm), TransformersScorer("t", lm.with_adapter(None))
     for _ in range(2):  # one never leaves the other's switch behind
         for scorer, expected in ((teacher, expected_base), (student, expected_adapted)):
             (signal,) = await scorer.score([view], SignalKind.SAMPLED)

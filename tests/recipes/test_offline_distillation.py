@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from envs.rendering import make_renderer
 from models import attention
 from models.causal_lm import CausalLM
-from models.loading import ModelSource, load_model
+from models.loading import load_model
+from models.sources import ModelSource
 from models.transformers_scorer import TransformersScorer
 from recipes import capture_teacher, offline_distillation, setup
 from recipes.cli import parse_config, run_cli
