@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -95,6 +96,14 @@ def add_frozen_adapter(model: PeftModel, config: LoraConfig, weights: Mapping[st
     set_peft_model_state_dict(model, dict(weights), adapter_name=name)
     for parameter_name, parameter in model.named_parameters():  # releases of PEFT differ in what they freeze here
         parameter.requires_grad_(parameter_name in trained)
+
+
+def add_twin(model: PeftModel, name: str) -> None:
+    """A frozen copy of the active adapter beside it."""
+    active = str(model.active_adapter)
+    weights = get_peft_model_state_dict(model, adapter_name=active, save_embedding_layers=False)
+    config: Any = copy.deepcopy(model.peft_config[active])
+    add_frozen_adapter(model, config, {key: tensor.clone() for key, tensor in weights.items()}, name)
 
 
 def adapter_bytes(source: ModelSource) -> int | None:

@@ -38,6 +38,7 @@ from models.types import TeacherTopK
 from recipes import setup
 from recipes.cli import run_cli
 from recipes.config import DEFAULT_TOP_K, TrainConfig
+from recipes.teachers import refuse_ema
 from training.capture import CaptureHeader, CaptureWriter, captured
 from training.capture_files import writer as capture_writer
 from training.saved_episodes import read_saved_episodes
@@ -108,6 +109,7 @@ class Config:
             )
         if not Path(self.output_path).absolute().parent.is_dir():
             raise ConfigError(f"output_path={self.output_path}: its folder does not exist")
+        refuse_ema(self.teacher_model)
         self.as_training()
 
     def as_training(self) -> TrainConfig:
@@ -269,7 +271,7 @@ async def _capture(config: Config, checked: Checked) -> None:
 async def _write(config: Config, checked: Checked, writer: CaptureWriter) -> None:
     training, models, rows = config.as_training(), checked.models, checked.rows
     teacher = models.only_teacher
-    lm = await compute(setup.load_teacher, training, models, teacher)
+    lm = await compute(setup.load_teacher, training, models, teacher.source)
     scorer = TransformersScorer(
         config.teacher_model,
         lm,

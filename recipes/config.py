@@ -11,7 +11,7 @@ import chz
 from errors import ConfigError
 from models.checks import common_temperature
 from recipes.student_config import StudentConfig, check_at_least, check_positive, json_object
-from recipes.teachers import TeacherSpec
+from recipes.teachers import DEFAULT_EMA_DECAY, EMA, TeacherSpec, ema_decay_of
 from training.distribution_losses import JSD, Support, Tail, TopKForwardKL
 from training.loop import LoopConfig
 from training.objectives import Objective, ReverseKL
@@ -60,6 +60,11 @@ class OnPolicyConfig(StudentConfig):
     kl_penalty_coef: float = chz.field(default=1.0, doc="reverse_kl: factor on the per-token KL")
     kl_discount_factor: float = chz.field(default=0.0, doc="reverse_kl: discount of later tokens' KL; 0 ignores it")
 
+    # a teacher that is the student's moving average
+    teacher_ema_decay: float | None = chz.field(
+        default=None, doc=f"teacher_model={EMA}: share of the average that a step keeps; default {DEFAULT_EMA_DECAY}"
+    )
+
     # sampling
     temperature: float = chz.field(default=1.0, doc="of sampling, and of every logprob that is compared")
 
@@ -80,6 +85,11 @@ class OnPolicyConfig(StudentConfig):
             raise ConfigError(f"max_dropped_fraction={self.max_dropped_fraction}: expected 0 to 1")
         self.make_objective()
         self.comparison_temperature()
+        if self.teacher_ema_decay is not None and all(spec.ema_decay is None for spec in self.teacher_specs()):
+            raise ConfigError(
+                f"teacher_ema_decay={self.teacher_ema_decay} is for a teacher that is the student's average: "
+                f"set teacher_model={EMA} as well, or leave it out"
+            )
 
     # --- what the options turn into
 
@@ -123,7 +133,9 @@ class OnPolicyConfig(StudentConfig):
 class TrainConfig(OnPolicyConfig):
     """Student, one teacher, objective, optimizer and run: everything but the data."""
 
-    teacher_model: str = chz.field(doc="the teacher: hub id, local folder or .gguf file")
+    teacher_model: str = chz.field(
+        doc=f"the teacher: hub id, local folder or .gguf file; {EMA}: the student's own moving average"
+    )
     teacher_checkpoint: str | None = chz.field(default=None, doc="the teacher's weights: HF folder or adapter")
     teacher_system_prompt: str | None = chz.field(
         default=None, doc="system message in the teacher's view; default: the student's, '' for none"
@@ -147,6 +159,7 @@ class TrainConfig(OnPolicyConfig):
                 checkpoint=self.teacher_checkpoint,
                 system_prompt=self.teacher_system_prompt,
                 template_kwargs=None if kwargs is None else json_object("teacher_chat_template_kwargs", kwargs),
+                ema_decay=ema_decay_of(self.teacher_model, self.teacher_ema_decay),
             )
         ]
 

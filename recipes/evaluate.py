@@ -23,6 +23,7 @@ from models.device_thread import compute
 from recipes import setup
 from recipes.cli import run_cli
 from recipes.config import TrainConfig
+from recipes.teachers import refuse_ema
 from training.atomic import write_atomic
 from training.evaluation import Judge, evaluate
 
@@ -59,6 +60,7 @@ class Config:
             raise ConfigError("teacher_checkpoint needs teacher_model, which names its tokenizer")
         if self.teacher_model is not None and self.samples == 0:
             raise ConfigError("the KL to a teacher is measured on sampled attempts: samples=0 leaves none")
+        refuse_ema(self.teacher_model or self.model_name)
         self.as_training()
 
     def as_training(self) -> TrainConfig:
@@ -110,7 +112,7 @@ async def _evaluate(
     student = await compute(setup.load_lm, training, models, models.student, models.compute_dtype)
     teacher = student
     if config.teacher_model is not None:
-        teacher = await compute(setup.load_teacher, training, models, models.only_teacher)
+        teacher = await compute(setup.load_teacher, training, models, models.only_teacher.source)
     parts = setup.assemble(training, models, student, {training.teacher_model: teacher})
     rows = setup.eval_set(data, models.student_renderer, lambda row: training.teacher_model, config.max_tokens)
     judge = None

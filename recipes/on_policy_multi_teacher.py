@@ -33,7 +33,7 @@ from recipes.cli import run_cli
 from recipes.config import OnPolicyConfig
 from recipes.on_policy_distillation import eval_size_of_file
 from recipes.student_config import check_at_least, json_object
-from recipes.teachers import TeacherSpec, distinct
+from recipes.teachers import EMA, TeacherSpec, distinct, ema_decay_of
 from recipes.training_run import TrainingRun, print_dry_run, train
 from training.evaluation import EvalSet
 from training.loop import DatasetPlan
@@ -52,7 +52,8 @@ class DatasetOptions:
     groups_per_batch: int = chz.field(default=64, doc="prompts per step")
     eval_size: int = chz.field(default=64, doc="held-out rows to evaluate on; 0: no evaluation")
     teacher_model: str | None = chz.field(
-        default=None, doc="judges the rows that name no teacher: hub id, local folder or .gguf file"
+        default=None,
+        doc=f"judges the rows that name no teacher: hub id, local folder or .gguf file; {EMA}: the student's average",
     )
     teacher_checkpoint: str | None = chz.field(default=None, doc="the teacher's weights: HF folder or adapter")
     teacher_system_prompt: str | None = chz.field(
@@ -71,7 +72,7 @@ class DatasetOptions:
 class TeacherOptions:
     """A teacher that rows name."""
 
-    model: str = chz.field(doc="hub id, local folder or .gguf file")
+    model: str = chz.field(doc=f"hub id, local folder or .gguf file; {EMA}: the student's moving average")
     route_value: str | None = chz.field(default=None, doc="what a row says to be judged by it; default: its model")
     checkpoint: str | None = chz.field(default=None, doc="its weights: HF folder or adapter")
     system_prompt: str | None = chz.field(
@@ -134,7 +135,7 @@ class Config(OnPolicyConfig):
         self.teacher_specs()
 
     def teacher_specs(self) -> Sequence[TeacherSpec]:
-        return distinct([*(_listed(i, t) for i, t in enumerate(self.teachers)), *filter(None, self._own)])
+        return distinct([*(_listed(self, i) for i in range(len(self.teachers))), *filter(None, self._own)])
 
     def own_teacher(self, index: int) -> str | None:
         """The name of the teacher of a dataset's rows that name none."""
@@ -144,10 +145,10 @@ class Config(OnPolicyConfig):
     @property
     def _own(self) -> list[TeacherSpec | None]:
         """Each dataset's teacher. One whose name stands for another reading already is named by its dataset too."""
-        taken = {spec.name: spec for spec in (_listed(i, t) for i, t in enumerate(self.teachers))}
+        taken = {spec.name: spec for spec in (_listed(self, i) for i in range(len(self.teachers)))}
         found: list[TeacherSpec | None] = []
         for i, data in enumerate(self.datasets):
-            spec = _of_dataset(i, data)
+            spec = _of_dataset(self, i)
             if spec is not None:
                 if not taken.get(spec.name, spec).reads_alike(spec):
                     spec = replace(spec, name=f"{spec.name} ({data.title})")
@@ -156,17 +157,20 @@ class Config(OnPolicyConfig):
         return found
 
 
-def _listed(index: int, options: TeacherOptions) -> TeacherSpec:
+def _listed(config: Config, index: int) -> TeacherSpec:
+    options = config.teachers[index]
     return TeacherSpec(
         name=options.route,
         model=options.model,
         checkpoint=options.checkpoint,
         system_prompt=options.system_prompt,
         template_kwargs=_json(f"teachers.{index}.chat_template_kwargs", options.chat_template_kwargs),
+        ema_decay=ema_decay_of(options.model, config.teacher_ema_decay),
     )
 
 
-def _of_dataset(index: int, options: DatasetOptions) -> TeacherSpec | None:
+def _of_dataset(config: Config, index: int) -> TeacherSpec | None:
+    options = config.datasets[index]
     if options.teacher_model is None:
         return None
     return TeacherSpec(
@@ -175,6 +179,7 @@ def _of_dataset(index: int, options: DatasetOptions) -> TeacherSpec | None:
         checkpoint=options.teacher_checkpoint,
         system_prompt=options.teacher_system_prompt,
         template_kwargs=_json(f"datasets.{index}.teacher_chat_template_kwargs", options.teacher_chat_template_kwargs),
+        ema_decay=ema_decay_of(options.teacher_model, config.teacher_ema_decay),
     )
 
 

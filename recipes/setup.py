@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from envs.prompt_only import PromptOnlyGroupBuilder
 from envs.rendering import Renderer, make_renderer
 from errors import ConfigError, DataError
 from models import attention
-from models.adapters import add_lora
+from models.adapters import adapter_bytes, add_lora, attach_adapter
 from models.causal_lm import CausalLM
 from models.checks import check_pair, default_device
 from models.cpu_matmul import use_fast_exact_matmul
@@ -30,10 +30,11 @@ from models.transformers_sampler import TransformersSampler
 from models.transformers_scorer import TransformersScorer
 from recipes import embedded
 from recipes.student_config import StudentConfig
-from recipes.teachers import CheckedTeacher, TeacherSpec, by_weights, weights_fingerprint
+from recipes.teachers import EMA, CheckedTeacher, TeacherSpec, by_base, by_weights, weights_fingerprint
 from training.collect import Teacher
 from training.evaluation import EvalSet
 from training.learner import Learner
+from training.weight_average import WeightAverage, average_of
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +74,10 @@ def check_models(config: StudentConfig, *, tools: bool = False) -> CheckedModels
     check_source(student)
     student_renderer = renderer_for(student, config.student_template_kwargs(), config.system_prompt)
     student_renderer.check(tools=tools, multi_turn=tools)
-    teachers = {
-        spec.name: _check_teacher(config, spec, student_renderer, tools=tools) for spec in config.teacher_specs()
-    }
+    specs = config.teacher_specs()
+    if adapter is not None and any(spec.ema_decay is not None for spec in specs):
+        _check_can_be_averaged(ModelSource(student.name, adapter))
+    teachers = {spec.name: _check_teacher(config, spec, student_renderer, tools=tools) for spec in specs}
     return CheckedModels(
         student=student,
         adapter=adapter,
@@ -90,19 +92,34 @@ def check_models(config: StudentConfig, *, tools: bool = False) -> CheckedModels
 
 def _check_teacher(config: StudentConfig, spec: TeacherSpec, student: Renderer, *, tools: bool) -> CheckedTeacher:
     source = ModelSource(embedded.resolve(spec.model), spec.checkpoint)
+    if spec.ema_decay is not None:
+        source = student_source(config)[0]
     check_source(source)
     kwargs = config.student_template_kwargs() if spec.template_kwargs is None else dict(spec.template_kwargs)
     system_prompt = config.system_prompt if spec.system_prompt is None else spec.system_prompt
     renderer = renderer_for(source, kwargs, system_prompt or None)
     renderer.check(tools=tools, multi_turn=tools)
+    weights = EMA if spec.ema_decay is not None else weights_fingerprint(source)
+    size = adapter_bytes(source)
     return CheckedTeacher(
         name=spec.name,
         source=source,
-        weights=weights_fingerprint(source),
+        weights=weights,
         renderer=renderer,
         views=ViewMaker(student, renderer),
         report=check_pair(spec.name, student, renderer),
+        base=weights if size is None else weights_fingerprint(ModelSource(source.name)),
+        adapter_bytes=size,
+        ema_decay=spec.ema_decay,
     )
+
+
+def _check_can_be_averaged(adapter: ModelSource) -> None:
+    if adapter_bytes(adapter) is None:
+        raise ConfigError(
+            f"teacher_model={EMA}: adapter {adapter.checkpoint} has more than LoRA on linear layers (embeddings, "
+            "biases), of which there is no second copy on one base. Merge it into its base, or start a new one"
+        )
 
 
 def student_source(config: StudentConfig) -> tuple[ModelSource, str | None]:
@@ -202,17 +219,43 @@ def memory_lines(config: StudentConfig, models: CheckedModels) -> list[str]:
     student = estimate_memory(load_config(models.student), dtype=weights_dtype, lora_rank=config.lora_rank)
     lines = [f"student {name}: {_gib(size)}" for name, size in student.items() if name != "total"]
     total = student["total"]
-    for weights, (teacher, *others) in by_weights(models.teachers).items():
-        title = "teacher" if len(models.teachers) == 1 else f"teacher {teacher.name}"
-        if weights == models.shared_weights:
-            lines.append(f"{title}: shares the student's base weights")
-        else:
-            size = estimate_memory(load_config(teacher.source), dtype=models.compute_dtype, trained=False)["total"]
-            lines.append(f"{title} parameters: {_gib(size)}")
+    for base, groups in by_base(models.teachers).items():
+        where = "the student's base weights" if base == models.shared_weights else None
+        if where is None and len(groups) > 1:
+            size = estimate_memory(load_config(groups[0][0].base_source), dtype=models.compute_dtype, trained=False)
+            lines.append(f"base of {len(groups)} teachers: {_gib(size['total'])}")
+            total += size["total"]
+            where = "that base"
+        for teacher, *others in groups:
+            title = "teacher" if len(models.teachers) == 1 else f"teacher {teacher.name}"
+            size, line = _teacher_memory(config, models, teacher, where, student)
+            lines.append(f"{title}{line}")
             total += size
-        lines += [f"teacher {other.name}: shares the weights of {teacher.name}" for other in others]
+            lines += [f"teacher {other.name}: shares the weights of {teacher.name}" for other in others]
     lines.append(f"in all: {_gib(total)}, and activations of {config.token_budget(models.device)} tokens at a time")
     return lines
+
+
+def _teacher_memory(
+    config: StudentConfig,
+    models: CheckedModels,
+    teacher: CheckedTeacher,
+    where: str | None,
+    student: Mapping[str, float],
+) -> tuple[float, str]:
+    """What a teacher adds, in bytes and in words; `where` names the base that it shares, if it shares one."""
+    if teacher.ema_decay is not None and config.lora_rank:
+        size = student["gradients"]  # of what is trained: the adapter
+        return size, f": a second adapter on the student's base weights, {_gib(size)}"
+    if teacher.ema_decay is not None:
+        size = student["parameters"]
+        return size, f": a copy of the student's weights, {_gib(size)}"
+    if where is None:
+        size = estimate_memory(load_config(teacher.source), dtype=models.compute_dtype, trained=False)["total"]
+        return size, f" parameters: {_gib(size)}"
+    if teacher.adapter_bytes is None:
+        return 0, f": shares {where}"
+    return teacher.adapter_bytes, f": an adapter on {where}, {_gib(teacher.adapter_bytes)}"
 
 
 def _gib(size: float) -> str:
@@ -232,16 +275,39 @@ class Engines:
 def build_engines(config: StudentConfig, models: CheckedModels, resume_from: Path | None) -> Engines:
     """Load the weights, the student's from a checkpoint of this run if there is one."""
     student = _trained_student(config, models, resume_from)
+    average: WeightAverage | None = None
     lms: dict[str, CausalLM] = {}
-    for weights, same in by_weights(models.teachers).items():
-        shared = weights == models.shared_weights
-        lm = student.without_adapter() if shared else load_teacher(config, models, same[0])
-        lms |= {teacher.name: lm for teacher in same}
-    return assemble(config, models, student, lms)
+    for base, groups in by_base(models.teachers).items():
+        firsts = [same[0] for same in groups]
+        if firsts[0].ema_decay is not None:
+            lm, average = average_of(student, firsts[0].ema_decay)
+            found = [lm]
+        elif base == models.shared_weights:
+            found = _on_one_base(student, firsts)
+        elif len(firsts) == 1:
+            found = [load_teacher(config, models, firsts[0].source)]
+        else:
+            found = _on_one_base(load_teacher(config, models, firsts[0].base_source), firsts)
+        lms |= {teacher.name: lm for lm, same in zip(found, groups, strict=True) for teacher in same}
+    return assemble(config, models, student, lms, average)
+
+
+def _on_one_base(host: CausalLM, teachers: Sequence[CheckedTeacher]) -> list[CausalLM]:
+    """Teachers that are a model's base weights, or adapters on them."""
+    names = [None if teacher.adapter_bytes is None else f"teacher{i}" for i, teacher in enumerate(teachers)]
+    for teacher, name in zip(teachers, names, strict=True):
+        if name is not None:
+            assert teacher.source.checkpoint is not None
+            host.model = attach_adapter(host.model, teacher.source.checkpoint, name)  # type: ignore[assignment]
+    return [host.with_adapter(name) for name in names]
 
 
 def assemble(
-    config: StudentConfig, models: CheckedModels, student: CausalLM, teacher_lms: Mapping[str, CausalLM]
+    config: StudentConfig,
+    models: CheckedModels,
+    student: CausalLM,
+    teacher_lms: Mapping[str, CausalLM],
+    average: WeightAverage | None = None,
 ) -> Engines:
     temperature = config.comparison_temperature()
     learner = Learner(
@@ -250,6 +316,7 @@ def assemble(
         temperature=temperature,
         token_budget=config.token_budget(models.device),
         reduction=config.loss_reduction,
+        average=average,
     )
     sampler = TransformersSampler(student, models.student_renderer.tokenizer, slots=config.sampler_slots)
     teachers: dict[str, Teacher] = {}
@@ -282,8 +349,8 @@ def _mend_generation_config(model: PreTrainedModel) -> None:
             settings.do_sample = True
 
 
-def load_teacher(config: StudentConfig, models: CheckedModels, teacher: CheckedTeacher) -> CausalLM:
-    lm = load_lm(config, models, teacher.source, models.compute_dtype)
+def load_teacher(config: StudentConfig, models: CheckedModels, source: ModelSource) -> CausalLM:
+    lm = load_lm(config, models, source, models.compute_dtype)
     lm.model.requires_grad_(False)
     return lm
 

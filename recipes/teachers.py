@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from envs.rendering import Renderer
@@ -13,21 +13,32 @@ from models.checks import PairReport
 from models.sources import ModelSource, is_adapter, source_fingerprint
 from models.teacher_view import ViewMaker
 
+EMA = "ema"
+"""As a teacher's model: the exponential moving average of the student."""
+DEFAULT_EMA_DECAY = 0.99
+
 
 @dataclass(frozen=True)
 class TeacherSpec:
     """A teacher as the options give it: its weights, and how it reads."""
 
     name: str  # in metrics, episodes and errors
-    model: str  # hub id, local folder or .gguf file
+    model: str  # hub id, local folder or .gguf file; EMA
     checkpoint: str | None = None  # its weights: HF folder or adapter
     system_prompt: str | None = None
     template_kwargs: Mapping[str, Any] | None = None
+    ema_decay: float | None = None  # of the student's average; None: weights of its own
+
+    def __post_init__(self) -> None:
+        if self.ema_decay is not None and self.checkpoint is not None:
+            raise ConfigError(
+                f"teacher_checkpoint={self.checkpoint}: teacher_model={EMA} is the student's average and has no "
+                f"checkpoint of its own. Leave one out; a folder of that name is ./{EMA}"
+            )
 
     def reads_alike(self, other: TeacherSpec) -> bool:
         """Equal but for the name."""
-        mine, theirs = ((s.model, s.checkpoint, s.system_prompt, s.template_kwargs) for s in (self, other))
-        return mine == theirs
+        return replace(self, name=other.name) == other
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,14 @@ class CheckedTeacher:
     renderer: Renderer
     views: ViewMaker
     report: PairReport
+    base: str  # equal for teachers that one model in memory can serve, by adapters that are switched
+    adapter_bytes: int | None = None  # of the adapter that makes its weights of the base
+    ema_decay: float | None = None
+
+    @property
+    def base_source(self) -> ModelSource:
+        """Of a teacher whose weights are an adapter, where its base is."""
+        return self.source if self.adapter_bytes is None else ModelSource(self.source.name)
 
 
 def weights_fingerprint(source: ModelSource) -> str:
@@ -56,6 +75,36 @@ def by_weights(teachers: Mapping[str, CheckedTeacher]) -> dict[str, list[Checked
     for teacher in teachers.values():
         groups.setdefault(teacher.weights, []).append(teacher)
     return groups
+
+
+def by_base(teachers: Mapping[str, CheckedTeacher]) -> dict[str, list[list[CheckedTeacher]]]:
+    """The teachers of each distinct checkpoint, together with those that lie on the same base, in order."""
+    bases: dict[str, list[list[CheckedTeacher]]] = {}
+    for same in by_weights(teachers).values():
+        bases.setdefault(same[0].base, []).append(same)
+    return bases
+
+
+def refuse_ema(model: str | None) -> None:
+    """Raises `ConfigError` where nothing is trained that could have an average."""
+    if model == EMA:
+        raise ConfigError(
+            f"teacher_model={EMA} is the average of a student in training, and nothing is trained here: "
+            f"give a model, or a checkpoint of the run (a folder of that name is ./{EMA})"
+        )
+
+
+def ema_decay_of(model: str, given: float | None) -> float | None:
+    """The decay of a teacher that is the student's average; None for any other. Raises `ConfigError`."""
+    if model != EMA:
+        return None
+    decay = DEFAULT_EMA_DECAY if given is None else given
+    if not 0 <= decay < 1:
+        raise ConfigError(
+            f"teacher_ema_decay={decay}: expected 0 or more, and less than 1 (for the student as it was at the start, "
+            "give its own name as teacher_model)"
+        )
+    return decay
 
 
 def distinct(specs: Sequence[TeacherSpec]) -> list[TeacherSpec]:

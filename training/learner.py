@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from peft import PeftModel
 from torch import Tensor
 
 from errors import CheckpointError, ProtegeError
@@ -25,6 +26,7 @@ from models.causal_lm import CausalLM
 from models.types import Head, Signal, SignalKind, SignalSpec, TeacherTopK
 from training.objectives import RATIO_METRICS, Objective, TokenBatch, token_logprobs
 from training.packing import PackedBatch, TrainingItem, pack, token_weights
+from training.weight_average import WeightAverage
 from training.weight_gradients import accumulated_in_place
 
 HEAD_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 25}  # logits of one chunk: 32 or 128 MiB in float32
@@ -59,8 +61,10 @@ class Learner:
         token_budget: int = 4096,
         reduction: str = "token_mean",
         head_elements: int | None = None,
+        average: WeightAverage | None = None,
     ) -> None:
         self.lm = lm
+        self.average = average  # of the weights, if it is a teacher
         self.config = optimizer or OptimizerConfig()
         self.temperature = temperature
         self.token_budget = token_budget
@@ -110,17 +114,28 @@ class Learner:
         self._optimizer.zero_grad(set_to_none=True)
         return {"grad_norm": norm, "learning_rate": learning_rate}
 
+    def update_average(self) -> None:
+        """Once a batch, not once an optimizer step: until its last update a batch is judged by one teacher, whose
+        head may still be asked for."""
+        if self.average is not None:
+            self.average.update()
+
     def save(self, path: Path) -> None:
-        """Optimizer state beside the weights, which `save_pretrained` writes."""
+        """Optimizer state, and the average if there is one, beside the weights, which `save_pretrained` writes."""
         extra: dict[str, Any] = {}
-        if hasattr(self.lm.model, "peft_config"):
+        if isinstance(self.lm.model, PeftModel):
             extra["save_embedding_layers"] = False  # else PEFT asks the hub whether the vocabulary has changed
+            extra["selected_adapters"] = [self.lm.model.active_adapter]  # teachers may have theirs on the same base
         self.lm.model.save_pretrained(path, **extra)
         (path / "trainer_state").mkdir(exist_ok=True)
+        if self.average is not None:
+            self.average.save(path)
         torch.save(self._optimizer.state_dict(), path / "trainer_state" / "optimizer.pt")
 
     def load_optimizer(self, path: Path) -> None:
-        """The state that `save` wrote. Raises `CheckpointError`."""
+        """The state that `save` wrote, the average's too. Raises `CheckpointError`."""
+        if self.average is not None:
+            self.average.load(path)
         try:
             state = torch.load(path / "trainer_state" / "optimizer.pt", weights_only=True, map_location="cpu")
             self._optimizer.load_state_dict(state)

@@ -201,6 +201,7 @@ class Loop:
                 results = self.learner.forward_backward(items, self.objective)
                 measured.update(zip(map(id, items), results, strict=True))
                 updates = self.learner.step(rate)
+        self.learner.update_average()
         return measured, updates
 
     # --- what is written

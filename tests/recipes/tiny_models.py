@@ -219,10 +219,17 @@ def fingerprint(run_path: Path) -> dict[str, Any]:
             (i, name): value.numpy().tobytes() for i, s in state["state"].items() for name, value in s.items()
         },
         "groups": json.dumps(state["param_groups"], sort_keys=True),
+        "average": averages(checkpoint),
         "state": (checkpoint / "trainer_state" / "state.json").read_text(),
         "metrics": rows,
         "episodes": {f.name: f.read_text() for f in sorted((run_path / "episodes").iterdir())},
     }
+
+
+def averages(checkpoint: Path) -> dict[str, bytes]:
+    """The bits of the student's average, where it is a teacher."""
+    file = checkpoint / "trainer_state" / "average.safetensors"
+    return {name: tensor.numpy().tobytes() for name, tensor in load_file(file).items()} if file.exists() else {}
 
 
 def leftovers(folder: Path) -> list[str]:
