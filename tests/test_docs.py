@@ -39,6 +39,7 @@ from recipes import (
     training_run,
 )
 from recipes.cli import Option, options, parse_config
+from recipes.teachers import EMA
 from training import loop
 
 ROOT = Path(__file__).parents[1]
@@ -198,7 +199,7 @@ def is_here(config: Any) -> bool:
     ]
     data = [next(filter(None, names)) for names in given if any(names)]
     return all(name == "arithmetic" or Path(name).exists() for name in data) and all(
-        name.startswith(embedded.PREFIX) or Path(name).exists() for name in names if name is not None
+        name.startswith(embedded.PREFIX) or name == EMA or Path(name).exists() for name in names if name is not None
     )
 
 
