@@ -61,7 +61,7 @@ class Sampled:
     token_ids: list[int]
     logprobs: list[float]
     stopped: bool  # True: a stop token or string; False: cut by max_tokens
-    weight_version: int = 0
+    weight_version: int = 0  # of the weights that drew its first token
 
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.logprobs):
@@ -164,6 +164,7 @@ class Turn:
     end: int
     observation: tuple[Message, ...] = ()
     tool_calls: tuple[dict[str, Any], ...] = ()
+    weight_version: int = 0  # that drew its first token; weights may change while a turn is being sampled
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,7 +252,7 @@ class EpisodeLog:
         start = len(self._ids)
         self._ids.extend(sampled.token_ids)
         self._logprobs.extend(sampled.logprobs)
-        self._turns.append(Turn(start, len(self._ids)))
+        self._turns.append(Turn(start, len(self._ids), weight_version=sampled.weight_version))
         self._version = sampled.weight_version
 
     def record_tool_calls(self, tool_calls: Sequence[dict[str, Any]]) -> None:

@@ -24,6 +24,7 @@ from errors import SamplerError
 from models.causal_lm import CausalLM
 from models.device_thread import compute
 from models.generation import make_stepper
+from models.types import WeightSource
 
 STEPS_PER_HOP = 8  # tokens between two looks at new requests and cancellations
 
@@ -107,8 +108,8 @@ class TransformersSampler:
             await anyio.sleep(0.001)
         self._stepper.forget()
 
-    async def update_weights(self, version: int) -> None:
-        """The model's weights changed in place: forget what was computed with the old ones."""
+    async def update_weights(self, source: WeightSource, version: int) -> None:
+        """Those of `source` are this model's own and changed in place: forget what was computed with the old."""
         await self.sleep()
         self._version = version
 

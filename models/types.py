@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -102,6 +103,26 @@ class Signal:
             raise ValueError("a teacher's top-k logprob is missing or above 0")
 
 
+class WeightSource(Protocol):
+    """A learner's weights as they are now, for engines that keep a copy. Its methods compute: call them on the
+    device thread."""
+
+    @property
+    def has_adapter(self) -> bool: ...  # only a LoRA adapter is trained
+
+    def save(self, folder: Path) -> None:
+        """Write the whole model as `from_pretrained` loads it, an adapter merged in, without a tokenizer."""
+        ...
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapter alone, in PEFT's format."""
+        ...
+
+    def logprobs(self, token_ids: Sequence[int], temperature: float) -> list[float]:
+        """Of every token but the first, each given those before it."""
+        ...
+
+
 class Sampler(Protocol):
     """The student's engine: token ids in, sampled ids and their logprobs out.
 
@@ -119,7 +140,12 @@ class Sampler(Protocol):
         """Free what only sampling needs, while something else has the device. The next call wakes it."""
         ...
 
-    async def update_weights(self, version: int) -> None: ...
+    async def update_weights(self, source: WeightSource, version: int) -> None:
+        """From here on, sample from the weights of `source`. What is sampled later carries `version`.
+
+        Requests in flight are not lost; an engine that cannot pause them refuses. Raises `ProtegeError` if the
+        weights did not arrive: it never goes on with the old ones."""
+        ...
 
 
 class Scorer(Protocol):

@@ -24,6 +24,7 @@ from torch import Tensor
 from errors import CheckpointError, ProtegeError
 from models.causal_lm import CausalLM
 from models.types import Head, Signal, SignalKind, SignalSpec, TeacherTopK
+from models.weights import LMWeights
 from training.objectives import RATIO_METRICS, Objective, TokenBatch, token_logprobs
 from training.packing import PackedBatch, TrainingItem, pack, token_weights
 from training.weight_average import WeightAverage
@@ -141,6 +142,10 @@ class Learner:
             self._optimizer.load_state_dict(state)
         except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
             raise CheckpointError(f"{path}: the optimizer's state cannot be read: {error}") from error
+
+    def weights(self) -> LMWeights:
+        """For engines that sample from a copy."""
+        return LMWeights(self.lm)
 
     def _run(self, items: Sequence[TrainingItem], objective: Objective, train: bool) -> list[ItemMetrics]:
         results: dict[int, ItemMetrics] = {}

@@ -126,7 +126,7 @@ class Loop:
             raise KeyboardInterrupt
 
     async def _train(self) -> None:
-        await self.sampler.update_weights(self.step)
+        await self.sampler.update_weights(self.learner.weights(), self.step)
         at_an_end = self.step in (0, self.config.max_steps)  # stopped in its last evaluation, it owes that one
         if not self._evaluated(self.step) and (at_an_end or self._due(self.config.eval_every)):
             await self.evaluate()
@@ -167,7 +167,7 @@ class Loop:
                 measured, updates = await compute(self._update, collected)
             self.step += 1
             self._cursor_states = [plan.cursor.state() for plan in self.plans]
-            await self.sampler.update_weights(self.step)
+            await self.sampler.update_weights(self.learner.weights(), self.step)
             with timer.stage("writing"):
                 await anyio.to_thread.run_sync(self._write_episodes, collected, measured)
             row = self._row(collected, measured, updates, timer)

@@ -15,6 +15,7 @@ from envs.prompt_only import PromptOnlyEnv, PromptOnlyGroupBuilder
 from envs.rollout import derive_seed, run_episode, run_group
 from envs.types import Message, Observation, Sampled, SamplingParams, StepResult, StopCondition, StopReason
 from errors import SamplerError
+from models.types import WeightSource
 
 pytestmark = pytest.mark.anyio
 
@@ -44,7 +45,7 @@ class ScriptedSampler:
     async def __aexit__(self, *exc: object) -> None:
         pass
 
-    async def update_weights(self, version: int) -> None:
+    async def update_weights(self, source: WeightSource, version: int) -> None:
         self.version = version
 
     async def sample(self, prompt_ids: Sequence[int], params: SamplingParams) -> Sampled:
@@ -138,6 +139,7 @@ async def test_a_single_turn_is_prompt_and_sample():
     )
     assert (episode.stop_reason, episode.truncated, episode.num_sampled) == (StopReason.COMPLETED, False, 3)
     assert (episode.dataset, episode.row_id, episode.teacher, episode.weight_version) == ("d", "r7", "t", 4)
+    assert [turn.weight_version for turn in episode.turns] == [4]
     assert episode.prompt_messages == (QUESTION,)
 
 

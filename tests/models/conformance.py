@@ -17,7 +17,7 @@ from torch import Tensor
 
 from envs.types import Sampled, SamplingParams, StopCondition
 from errors import SamplerError, TeacherError
-from models.types import Sampler, Scorer, SignalKind, TeacherView
+from models.types import Sampler, Scorer, SignalKind, TeacherView, WeightSource
 
 Reference = Callable[[Sequence[int], Sequence[int], float], Tensor]
 """(prompt, answer, temperature) -> logprobs of the answer's ids, by a plain transformers forward."""
@@ -54,7 +54,8 @@ class SamplerEngine:
     tokenizer: Any
     vocab_size: int
     reference: Reference  # under the current weights
-    change_weights: Callable[[], None]  # of engine and reference, before `update_weights` is called
+    change_weights: Callable[[], None]  # of `source` and reference, before `update_weights` is called
+    source: WeightSource
     tolerance: float = 1e-4  # nats
     batch_invariant: bool = True  # neighbours never change a sample, not even by rounding
 
@@ -189,7 +190,7 @@ class SamplerSuite:
             engine.change_weights()
             fresh = engine.reference(prompt, before.token_ids, 1.0)
             assert (stale - fresh).abs().max() > 0.1, "the test's new weights must differ from the old"
-            await sampler.update_weights(3)
+            await sampler.update_weights(engine.source, 3)
             longer = [*prompt, *before.token_ids, 2]  # what the old weights have read must not be reused
             continued = await sampler.sample(longer, params(6))
             again = await sampler.sample(prompt, params(6))
@@ -233,7 +234,7 @@ class SamplerSuite:
             with anyio.move_on_after(0.03):
                 await sampler.sample([1, 2], params(100_000))
             with anyio.fail_after(HANG_S):
-                await sampler.update_weights(1)
+                await sampler.update_weights(engine.source, 1)
                 answer = await sampler.sample([1, 2, 3], params(4))
         assert answer.weight_version == 1
         engine.assert_true_logprobs([1, 2, 3], answer, 1.0)

@@ -23,6 +23,7 @@ from models.generation import PaddedStepper
 from models.transformers_sampler import TransformersSampler, draw
 from models.transformers_scorer import TransformersScorer
 from models.types import Signal, SignalKind, TeacherTopK, TeacherView
+from models.weights import LMWeights
 
 LETTERS = tiny.letters()
 
@@ -47,6 +48,7 @@ def sampler_engine(architecture: str, slots: int = 4) -> SamplerEngine:
         vocab_size=tiny.VOCAB,
         reference=lambda prompt, answer, temperature: tiny.plain_logprobs(model, prompt, answer, temperature),
         change_weights=change_weights,
+        source=LMWeights(lm),
     )
 
 
@@ -135,7 +137,7 @@ async def test_a_next_turn_reads_only_what_is_new(monkeypatch: pytest.MonkeyPatc
         reused = await sample_all(sampler, [(p, params(6, seed=9)) for p in nexts[::-1]])
         assert read == [3 * (1 + 3)]  # per sequence the last sampled token, never fed, and three new ones
         read.clear()
-        await sampler.update_weights(1)
+        await sampler.update_weights(LMWeights(lm), 1)
         third = [*nexts[0], *reused[-1].token_ids, 4]
         await sampler.sample(third, params(2))
         assert read == [len(third)]
@@ -222,7 +224,7 @@ async def test_weights_cannot_change_under_a_running_request():
         tasks.start_soon(sampler.sample, [1, 2], params(100_000))
         await anyio.sleep(0.02)
         with pytest.raises(SamplerError, match="running"):
-            await sampler.update_weights(1)
+            await sampler.update_weights(engine.source, 1)
         tasks.cancel_scope.cancel()
 
 

@@ -12,6 +12,7 @@ from tokenizers import AddedToken
 
 from envs.rendering import Renderer, make_renderer
 from envs.types import Message, Sampled, SamplingParams
+from models.types import WeightSource
 
 HERMES = small.THINKING
 
@@ -142,7 +143,7 @@ class ScriptedStudent:
     async def __aexit__(self, *error: object) -> None:
         pass
 
-    async def update_weights(self, version: int) -> None:
+    async def update_weights(self, source: WeightSource, version: int) -> None:
         pass
 
     async def sleep(self) -> None:

@@ -14,7 +14,7 @@ import torch
 from envs.prompt_only import PromptOnlyEnv
 from envs.types import Env, Episode, Message, Observation, Sampled, SamplingParams, StopCondition
 from errors import InfrastructureError, SamplerError, TeacherError
-from models.types import Signal, SignalKind, TeacherView
+from models.types import Signal, SignalKind, TeacherView, WeightSource
 from training import collect as module
 from training.collect import Collected, Teacher, collect
 from training.metrics import StageTimer
@@ -83,7 +83,7 @@ class ScriptedSampler:
     async def sleep(self) -> None:
         pass
 
-    async def update_weights(self, version: int) -> None:
+    async def update_weights(self, source: WeightSource, version: int) -> None:
         pass
 
 

@@ -267,7 +267,7 @@ async def test_a_checkpoint_holds_the_rows_used_by_finished_steps_only(tmp_path:
         tmp_path / "stopped", sampler=ScriptedSampler(naps=lambda number: naps[0]), max_steps=4, save_every=2
     )
     async with anyio.create_task_group() as tasks:
-        await stopped.loop.sampler.update_weights(0)
+        await stopped.loop.sampler.update_weights(stopped.loop.learner.weights(), 0)
 
         async def train() -> None:
             for _ in range(2):

@@ -1,0 +1,57 @@
+"""What a learner offers to engines that keep a copy of its weights: files, and numbers to check the copy against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+from models.causal_lm import CausalLM
+
+
+class LMWeights:
+    """`WeightSource` on a `CausalLM` that trains in this process."""
+
+    def __init__(self, lm: CausalLM) -> None:
+        self._lm = lm
+
+    @property
+    def has_adapter(self) -> bool:
+        return hasattr(self._lm.model, "peft_config")
+
+    @torch.no_grad()
+    def save(self, folder: Path) -> None:
+        model = self._lm.model.get_base_model() if self.has_adapter else self._lm.model  # type: ignore[operator]
+        model.save_pretrained(folder, state_dict=self._state())  # type: ignore[union-attr]
+
+    def save_adapter(self, folder: Path) -> None:
+        # else PEFT asks the hub whether the vocabulary has changed
+        self._lm.model.save_pretrained(folder, save_embedding_layers=False)
+
+    @torch.no_grad()
+    def logprobs(self, token_ids: Sequence[int], temperature: float) -> list[float]:
+        ids = torch.tensor(list(token_ids))
+        logits = self._lm.logits(self._lm.hidden([ids])[:-1]) / temperature  # [T-1, v]
+        return logits.log_softmax(-1).gather(1, ids[1:, None].to(logits.device))[:, 0].tolist()
+
+    def _state(self) -> dict[str, Tensor]:
+        """By the names of the model without its adapter, each tensor once however many names it has."""
+        model = self._lm.model.get_base_model() if self.has_adapter else self._lm.model  # type: ignore[operator]
+        adapted = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}  # type: ignore[union-attr]
+        state: dict[str, Tensor] = {}
+        seen: set[tuple[int, torch.Size]] = set()
+        for name, tensor in model.state_dict().items():  # type: ignore[union-attr]
+            if ".lora_" in name or (place := (tensor.data_ptr(), tensor.shape)) in seen:
+                continue
+            seen.add(place)
+            module, base, leaf = name.rpartition(".base_layer.")
+            if base and leaf == "weight":
+                layer = adapted[module]
+                for adapter in layer.active_adapters:
+                    tensor = tensor.float() + layer.get_delta_weight(adapter).float()  # type: ignore[operator]
+            # What is computed with: an engine has no use for the digits that only the optimizer sees.
+            state[f"{module}.{leaf}" if base else name] = tensor.detach().to(self._lm.compute_dtype)
+        return state

@@ -1,0 +1,76 @@
+"""What a learner hands to engines that keep a copy: a folder that computes the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from models.causal_lm import CausalLM
+from models.loading import add_lora
+from models.weights import LMWeights
+
+IDS = [5, 9, 2, 44, 17, 3]
+
+
+def with_lora(model: torch.nn.Module) -> CausalLM:
+    lm = CausalLM.verified(model)  # type: ignore[arg-type]
+    lm.model = add_lora(lm.model, 4)  # type: ignore[assignment]
+    for name, weight in lm.model.named_parameters():
+        if "lora_B" in name:  # zero in a new adapter, which then changes nothing
+            torch.nn.init.normal_(weight, std=0.2)
+    return lm
+
+
+def loaded(folder: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_its_logprobs_are_those_of_a_plain_forward(temperature: float):
+    model = tiny.model("qwen3")
+    found = LMWeights(CausalLM.verified(model)).logprobs(IDS, temperature)
+    expected = tiny.plain_logprobs(model, IDS[:1], IDS[1:], temperature)
+    torch.testing.assert_close(torch.tensor(found), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_saved_model_is_the_model(tmp_path: Path, tied: bool):
+    model = tiny.model("llama", tie_word_embeddings=tied)
+    LMWeights(CausalLM.verified(model)).save(tmp_path)
+    torch.testing.assert_close(tiny.plain_logits(loaded(tmp_path), IDS), tiny.plain_logits(model, IDS))
+
+
+def test_an_adapter_is_merged_in_and_the_base_keeps_its_bits(tmp_path: Path):
+    lm = with_lora(tiny.model("llama"))
+    before = {name: weight.clone() for name, weight in lm.model.named_parameters()}
+    weights = LMWeights(lm)
+    assert weights.has_adapter
+    weights.save(tmp_path / "merged")
+    expected = torch.tensor(weights.logprobs(IDS, 1.0))
+    merged = tiny.plain_logprobs(loaded(tmp_path / "merged"), IDS[:1], IDS[1:])
+    torch.testing.assert_close(merged, expected, atol=1e-4, rtol=0)
+    plain = torch.tensor(LMWeights(lm.without_adapter()).logprobs(IDS, 1.0))
+    assert (plain - expected).abs().max() > 0.1, "the adapter must matter"
+    assert all(torch.equal(weight, before[name]) for name, weight in lm.model.named_parameters())
+
+
+def test_the_adapter_alone_on_the_base(tmp_path: Path):
+    lm = with_lora(tiny.model("llama"))
+    LMWeights(lm).save_adapter(tmp_path)
+    again = PeftModel.from_pretrained(tiny.model("llama"), tmp_path).eval()
+    expected = torch.tensor(LMWeights(lm).logprobs(IDS, 1.0))
+    torch.testing.assert_close(tiny.plain_logprobs(again, IDS[:1], IDS[1:]), expected, atol=1e-4, rtol=0)
+
+
+def test_an_engine_in_bfloat16_gets_half_the_bytes(tmp_path: Path):
+    model = tiny.model("llama")
+    LMWeights(CausalLM(model)).save(tmp_path / "full")
+    LMWeights(CausalLM(model, compute_dtype=torch.bfloat16)).save(tmp_path / "half")
+    full, half = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("full", "half"))
+    assert half < 0.6 * full
+    assert all(weight.dtype == torch.float32 for weight in model.parameters())
