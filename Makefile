@@ -14,7 +14,7 @@ demo-tools: $(STAMP)  ## episodes with a shell in Docker sandboxes, on eight sma
 		$(if $(MODEL),model_name=$(MODEL)) $(if $(TEACHER),teacher_model=$(TEACHER))
 
 test: $(STAMP)  ## the fast suite: no network, GPU, Docker or vLLM
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 check: $(STAMP)  ## formatting, lints, types
 	$(BIN)/ruff format --check .

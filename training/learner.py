@@ -134,12 +134,15 @@ class Learner:
         torch.save(self._optimizer.state_dict(), path / "trainer_state" / "optimizer.pt")
 
     def load_optimizer(self, path: Path) -> None:
-        """The state that `save` wrote, the average's too. Raises `CheckpointError`."""
+        """The state that `save` wrote, the average's too; settings stay this run's. Raises `CheckpointError`."""
         if self.average is not None:
             self.average.load(path)
+        settings = [{key: g[key] for key in ("betas", "eps", "weight_decay")} for g in self._optimizer.param_groups]
         try:
             state = torch.load(path / "trainer_state" / "optimizer.pt", weights_only=True, map_location="cpu")
             self._optimizer.load_state_dict(state)
+            for group, own in zip(self._optimizer.param_groups, settings, strict=True):
+                group.update(own)  # torch takes the saved ones, and a changed option would do nothing
         except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
             raise CheckpointError(f"{path}: the optimizer's state cannot be read: {error}") from error
 

@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import signal
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -238,6 +239,7 @@ class Loop:
         """Evaluate every set, append one row of `eval/…` metrics."""
         judge = Judge(self.learner, self.teachers, self.exact_eval) if self.teachers else None
         row: dict[str, float] = {"step": self.step}
+        started = time.perf_counter()
         for eval_set in self.eval_sets:
             metrics = await evaluate(
                 eval_set, self.sampler, self.renderer,
@@ -248,6 +250,7 @@ class Loop:
             scope = f"eval/{eval_set.name}/" if len(self.eval_sets) > 1 else "eval/"
             row |= {name.replace("eval/", scope, 1): value for name, value in metrics.items()}
         if len(row) > 1:
+            row["time/evaluation"] = time.perf_counter() - started
             self.run_dir.append_metrics(row)
             self.trackers.log(row)
             self.progress.update(row)

@@ -211,6 +211,7 @@ def test_evaluations_happen_at_both_ends_and_between(tmp_path: Path, models: Mod
     teacher, *rows = evaluation_rows(path)
     assert "eval/teacher_accuracy" in teacher and "eval/accuracy" not in teacher
     assert [row["step"] for row in rows] == [0, 2, 4, 5]
+    assert all(row["time/evaluation"] > 0 for row in rows)
     for row in rows:
         for name in ("accuracy", "sampled_accuracy", "reverse_kl", "exact_reverse_kl"):
             assert row[f"eval/{name}_se"] >= 0 and f"eval/{name}" in row

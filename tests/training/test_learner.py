@@ -810,6 +810,19 @@ def test_a_restored_learner_continues_bit_for_bit(tmp_path, adapted):
     assert not all(torch.equal(without[name], expected[name]) for name in expected)  # the state matters
 
 
+def test_settings_that_were_changed_before_a_resume_are_used(tmp_path, case):
+    (tmp_path / "trainer_state").mkdir()
+    Learner(CausalLM(case.model)).save(tmp_path)
+    changed = OptimizerConfig(beta1=0.5, beta2=0.6, eps=1e-5, weight_decay=0.3)
+    resumed, fresh = (Learner(CausalLM(copy.deepcopy(case.model)), optimizer=changed) for _ in range(2))
+    resumed.load_optimizer(tmp_path)
+    for learner in (resumed, fresh):
+        learner.forward_backward(case.items(SignalKind.NONE), SFT())
+        learner.step(1e-2)
+    ours, expected = resumed.lm.model.state_dict(), fresh.lm.model.state_dict()
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
 def test_saved_weights_are_the_models_own(tmp_path, case):
     (tmp_path / "trainer_state").mkdir()
     Learner(CausalLM(case.model)).save(tmp_path)
