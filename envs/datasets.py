@@ -4,6 +4,7 @@ One JSON object per line; `messages` is required, the rest is optional:
 
     {"messages": [{"role": "user", "content": "…"}],   what the student sees
      "teacher_messages": […],                           the teacher scores under this prompt instead
+     "teacher_hints": [{"after_turn": 2, "messages": […]}],   and is told this on the way, the student is not
      "teacher": "big", "expected_answer": "72", "completion": "…", "id": "…"}
 
 Other keys are ignored and named once per file, with the nearest known name.
@@ -24,7 +25,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from envs.types import Message
+from envs.types import Message, TeacherHint
 from errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class Row:
     teacher: str | None = None
     expected_answer: str | None = None
     completion: str | None = None  # a reference answer to `messages`
+    teacher_hints: tuple[TeacherHint, ...] = ()  # in episodes of several turns
 
 
 @dataclass(frozen=True)
@@ -94,10 +96,22 @@ class _MessageModel(BaseModel):
     content: Annotated[Text, BeforeValidator(_text)]
 
 
+class _HintMessageModel(_MessageModel):
+    role: Literal["system", "developer", "user"]  # type: ignore[assignment]  # the student's turns are its own
+
+
+class _HintModel(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    after_turn: Annotated[int, Field(ge=1)] | None = None
+    messages: Annotated[list[_HintMessageModel], Field(min_length=1)]
+
+
 class _RowModel(BaseModel):
     id: NumberOrText | None = None
     messages: Annotated[list[_MessageModel], Field(min_length=1)]
     teacher_messages: Annotated[list[_MessageModel], Field(min_length=1)] | None = None
+    teacher_hints: list[_HintModel] = []
     teacher: NonEmpty | None = None
     expected_answer: NumberOrText | None = None
     completion: NonEmpty | None = None
@@ -142,6 +156,7 @@ def parse_row(obj: Any, where: str, *, default_id: str | None = None) -> Row:
         teacher=row.teacher,
         expected_answer=row.expected_answer,
         completion=completion,
+        teacher_hints=tuple(TeacherHint(tuple(map(_dump, h.messages)), h.after_turn) for h in row.teacher_hints),
     )
 
 
@@ -158,6 +173,8 @@ def _plain(obj: dict[str, Any]) -> dict[str, Any]:
     for key in ("messages", "teacher_messages"):
         if isinstance(kept.get(key), list | tuple):
             kept[key] = [message(m) for m in kept[key]]
+    if isinstance(kept.get("teacher_hints"), list | tuple):
+        kept["teacher_hints"] = [_plain(hint) if isinstance(hint, dict) else hint for hint in kept["teacher_hints"]]
     return kept
 
 
@@ -281,7 +298,8 @@ def fingerprint(rows: Sequence[Row]) -> str:
     """sha256 over everything in the rows that training reads, in order; not `expected_answer`."""
     digest = hashlib.sha256()
     for row in rows:
-        read = [row.row_id, row.messages, row.teacher_messages, row.teacher, row.completion]
+        read: list[Any] = [row.row_id, row.messages, row.teacher_messages, row.teacher, row.completion]
+        read += [[hint.after_turn, hint.messages] for hint in row.teacher_hints]
         digest.update(json.dumps(read, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 

@@ -127,8 +127,9 @@ class Renderer(ABC):
         messages, the next assistant header. `tool_calls` are those that the turn made."""
 
     @abstractmethod
-    def check(self, *, tools: bool = False, multi_turn: bool = False) -> None:
-        """Proves that this format can be appended to; raises TemplateError with the reason if not."""
+    def check(self, *, tools: bool = False, multi_turn: bool = False, hints: Iterable[tuple[str, ...]] = ()) -> None:
+        """Proves that this format can be appended to; raises TemplateError with the reason if not. `hints` are roles of
+        messages that come after those of an environment: a teacher's hints."""
 
     @property
     @abstractmethod
@@ -210,12 +211,14 @@ class ChatTemplateRenderer(Renderer):
         ids = self._encoder.encode_after(end, text, literals)
         return ids if ended else [end, *ids]
 
-    def check(self, *, tools: bool = False, multi_turn: bool = False) -> None:
+    def check(self, *, tools: bool = False, multi_turn: bool = False, hints: Iterable[tuple[str, ...]] = ()) -> None:
         self._check_generation_prompt()
         if tools:
             self._check_tools_shown()
+        endings = [[{"role": role, "content": f"hint {i}"} for i, role in enumerate(roles)] for roles in {(), *hints}]
         for history, new in check_cases(tools=tools, multi_turn=multi_turn):
-            self._check_case(history, new)
+            for hint in sorted(endings, key=len):
+                self._check_case(history, [*new, *hint])
 
     @cached_property
     def header(self) -> str:
@@ -403,9 +406,11 @@ class RoleColonRenderer(Renderer):
         ids = self._encoder.encode_after(self.end_of_turn_id, text, literals)
         return ids if ended else [self.end_of_turn_id, *ids]
 
-    def check(self, *, tools: bool = False, multi_turn: bool = False) -> None:
+    def check(self, *, tools: bool = False, multi_turn: bool = False, hints: Iterable[tuple[str, ...]] = ()) -> None:
         if tools:
             raise self._no_tools()
+        for _ in self._turns([{"role": role, "content": ""} for roles in hints for role in roles], Literals()):
+            pass  # raises for a role that has no plain-text form
 
     @property
     def header(self) -> str:

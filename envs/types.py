@@ -7,7 +7,7 @@ is never rendered again from text; the environment only appends.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Protocol, runtime_checkable
@@ -146,6 +146,32 @@ class EnvGroupBuilder(Protocol):
     async def cleanup(self) -> None: ...
 
 
+@dataclass(frozen=True)
+class TeacherHint:
+    """Messages that the teacher alone reads, after a turn and what the environment answered to it."""
+
+    messages: tuple[Message, ...]
+    after_turn: int | None = None  # 1 is the first turn; None: after every turn
+
+    def follows(self, turn: int) -> bool:
+        return self.after_turn in (None, turn)
+
+
+def hint_roles(hints: Iterable[TeacherHint]) -> set[tuple[str, ...]]:
+    """The roles of what may follow one turn, in order: what a teacher's format is checked for."""
+    given = tuple(hints)
+    turns = {hint.after_turn or 0 for hint in given}
+    return {tuple(m["role"] for hint in given if hint.follows(turn) for m in hint.messages) for turn in turns}
+
+
+@runtime_checkable
+class Hinted(Protocol):
+    """A group builder whose teacher is told more as the episode goes on."""
+
+    @property
+    def teacher_hints(self) -> tuple[TeacherHint, ...]: ...
+
+
 @runtime_checkable
 class GivenEpisodes(Protocol):
     """A group builder whose episodes are there already: answers of a dataset, or saved attempts. Its
@@ -190,6 +216,7 @@ class Episode:
     metrics: dict[str, float] = field(default_factory=dict)
     logs: dict[str, Any] = field(default_factory=dict)
     tools: tuple[dict[str, Any], ...] = ()  # function schemas that the prompt shows
+    teacher_hints: tuple[TeacherHint, ...] = ()
 
     def __post_init__(self) -> None:
         mask = np.zeros(len(self.token_ids), dtype=bool)
@@ -292,4 +319,5 @@ class EpisodeLog:
             metrics=metrics,
             logs=logs,
             tools=self._tools,
+            teacher_hints=builder.teacher_hints if isinstance(builder, Hinted) else (),
         )

@@ -15,10 +15,10 @@ from models.types import TeacherView
 class ViewMaker:
     """Makes `TeacherView`s for one student-teacher pair.
 
-    Where both formats are the same and no privileged messages are given, the view is the episode itself.
-    Otherwise the prompt and the environment's messages are rendered anew in the teacher's format and the
-    sampled ids copied. Where the formats end a turn with different tokens, these two ids trade places, so
-    that the student's end-of-turn is judged as the teacher's.
+    Where both formats are the same and nothing privileged is given, the view is the episode itself.
+    Otherwise the prompt and the environment's messages, with the teacher's hints after them, are rendered anew in
+    the teacher's format and the sampled ids copied. Where the formats end a turn with different tokens, these two
+    ids trade places, so that the student's end-of-turn is judged as the teacher's.
     """
 
     student: Renderer
@@ -31,19 +31,21 @@ class ViewMaker:
 
     def view(self, episode: Episode) -> TeacherView:
         own = np.flatnonzero(episode.sampled)
-        if self.student.fingerprint == self.teacher.fingerprint and episode.teacher_messages is None:
+        privileged = episode.teacher_messages is not None or episode.teacher_hints
+        if self.student.fingerprint == self.teacher.fingerprint and not privileged:
             return TeacherView(episode.token_ids.astype(np.int64), own, own)
         messages = episode.teacher_messages or episode.prompt_messages
         ids = list(self.teacher.prompt(messages, episode.tools))
         positions: list[int] = []
-        for turn in episode.turns:
+        for number, turn in enumerate(episode.turns, start=1):
             sampled = episode.token_ids[turn.start : turn.end]
             positions.extend(range(len(ids), len(ids) + len(sampled)))
             ids.extend(self._mapped(sampled))
             if turn.observation:
                 ended = int(sampled[-1]) in self.student.stop.token_ids
-                calls = turn.tool_calls
-                ids.extend(self.teacher.continuation(turn.observation, ended=ended, tool_calls=calls))
+                hints = [m for hint in episode.teacher_hints if hint.follows(number) for m in hint.messages]
+                said = [*turn.observation, *hints]
+                ids.extend(self.teacher.continuation(said, ended=ended, tool_calls=turn.tool_calls))
         return TeacherView(np.array(ids, dtype=np.int64), np.array(positions, dtype=np.int64), own, self.swap)
 
     def _mapped(self, sampled: np.ndarray) -> list[int]:

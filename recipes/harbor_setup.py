@@ -11,7 +11,7 @@ import chz
 from envs.datasets import Row
 from envs.harbor.attempt import HarborSettings
 from envs.harbor.dataset import HarborDataset, load_harbor_dataset
-from envs.harbor.env import SYSTEM_PROMPT, TOOL_SCHEMA, HarborEnvGroupBuilder
+from envs.harbor.env import SYSTEM_PROMPT, TOOL_SCHEMA, HarborEnvGroupBuilder, with_solution
 from envs.harbor.sandboxes import DockerSandboxes, base_images
 from envs.rendering import Renderer
 from errors import ConfigError, SandboxUnavailableError
@@ -100,6 +100,7 @@ def group_builder(
     sandboxes: DockerSandboxes,
     group_size: int,
     rewarded: bool,
+    teacher_sees_solution: bool = False,
 ) -> HarborEnvGroupBuilder:
     """`group_size` attempts at the task of a row."""
     return HarborEnvGroupBuilder(
@@ -114,6 +115,7 @@ def group_builder(
         max_tokens=options.max_tokens,
         max_trajectory_tokens=options.max_trajectory_tokens,
         rewarded=rewarded,
+        teacher_sees_solution=teacher_sees_solution,
     )
 
 
@@ -135,6 +137,19 @@ def check_lengths(options: HarborOptions, data: HarborDataset, models: CheckedMo
                     f"max_trajectory_tokens={options.max_trajectory_tokens}: task {task.task_id} opens with {tokens} "
                     "tokens. Raise it, or leave the task out with task_names"
                 )
+
+
+def check_solutions(options: HarborOptions, data: HarborDataset, models: CheckedModels) -> None:
+    """Raises `DataError` for a task without a solution to show, `ConfigError` for one without room for it."""
+    renderer = models.teacher_renderer
+    for task in data.tasks.values():
+        more = len(renderer.prompt(with_solution(task), [TOOL_SCHEMA])) - prompt_tokens(renderer, data, task.task_id)
+        if models.context_length is not None and options.max_trajectory_tokens + more > models.context_length:
+            raise ConfigError(
+                f"max_trajectory_tokens={options.max_trajectory_tokens}: with the solution of task {task.task_id} a "
+                f"teacher reads {more} tokens more, and the models' context is {models.context_length}. Lower it, or "
+                "leave the task out with task_names"
+            )
 
 
 def prompt_tokens(renderer: Renderer, data: HarborDataset, task_id: str) -> int:

@@ -23,7 +23,7 @@ import chz
 
 from envs.datasets import Cursor, Row
 from envs.harbor.dataset import STARTER, HarborDataset
-from envs.harbor.env import TOOL_SCHEMA, HarborBashTool, HarborEnvGroupBuilder
+from envs.harbor.env import TOOL_SCHEMA, HarborBashTool, HarborEnvGroupBuilder, with_solution
 from envs.rendering import Renderer
 from errors import ConfigError
 from recipes import setup
@@ -32,10 +32,10 @@ from recipes.config import TrainConfig
 from recipes.harbor_setup import (
     HarborOptions,
     check_lengths,
+    check_solutions,
     check_task_lines,
     group_builder,
     prepare_engine,
-    prompt_tokens,
     sandboxes_of,
 )
 from recipes.training_run import TrainingRun, print_dry_run, train
@@ -53,6 +53,9 @@ class Config(HarborOptions, TrainConfig):
     groups_per_batch: int = chz.field(default=8, doc="tasks per step")
     learning_rate: float = chz.field(default=1e-4, doc="AdamW's peak learning rate")
     lora_rank: int = chz.field(default=8, doc="rank of the LoRA adapter; 0 trains all weights")
+    teacher_sees_solution: bool = chz.field(
+        default=False, doc="the teacher's prompt shows the task's own solution, which the student never sees"
+    )
     eval_size: int = chz.field(default=0, doc="tasks to hold out, and grade by their tests every eval_every steps")
 
     @chz.validate
@@ -107,6 +110,8 @@ def main(config: Config) -> None:
     data, models = checked.data, checked.models
     task = data.tasks[data.train[0]]
     messages = [{"role": "user", "content": task.instruction}]
+    shown = with_solution(task) if config.teacher_sees_solution else messages
+    reads = len(models.teacher_renderer.prompt(shown, [TOOL_SCHEMA]))
     print_dry_run(
         config,
         run,
@@ -115,7 +120,7 @@ def main(config: Config) -> None:
             f"{config.groups_per_batch} tasks x {config.group_size} attempts a step, {config.max_turns} turns each",
         ],
         prompt=models.student_renderer.prompt(messages, [TOOL_SCHEMA]),
-        teacher=f"its prompt has {prompt_tokens(models.teacher_renderer, data, task.task_id)} tokens",
+        teacher=f"its prompt has {reads} tokens" + (" (with the solution)" if config.teacher_sees_solution else ""),
     )
 
 
@@ -127,6 +132,8 @@ def check(config: Config) -> Checked:
     # how the student writes its calls must be known before it writes one
     make_parser(models.student_renderer, [HarborBashTool(None, timeout_s=1.0, max_output_bytes=100).bash])  # type: ignore[arg-type]
     check_lengths(config, data, models)
+    if config.teacher_sees_solution:
+        check_solutions(config, data, models)
     return Checked(data, models)
 
 
@@ -146,6 +153,7 @@ def training_run(config: Config, checked: Checked) -> TrainingRun:
         return group_builder(
             config, data, row, renderer=renderer, teacher=config.teacher_model,
             sandboxes=sandboxes_of(path), group_size=count, rewarded=rewarded,
+            teacher_sees_solution=config.teacher_sees_solution,
         )  # fmt: skip
 
     def held_out(renderer: Renderer) -> list[EvalSet]:

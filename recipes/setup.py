@@ -155,6 +155,16 @@ def _context_length(*sources: ModelSource) -> int | None:
     return min((length for length in lengths if length), default=None)
 
 
+def refuse_hints(rows: Sequence[Row]) -> None:
+    """Raises `DataError` for hints on the way where there is no way: in episodes of one turn."""
+    for row in rows:
+        if row.teacher_hints:
+            raise DataError(
+                f"{row.row_id}: has teacher_hints, which come after a turn, and here an episode is one turn. "
+                "Say it in teacher_messages, or use an environment of several turns (recipes.tool_env)"
+            )
+
+
 def check_prompt_lengths(
     data: Dataset,
     models: CheckedModels,
@@ -166,7 +176,8 @@ def check_prompt_lengths(
 ) -> Dataset:
     """Refuse, or `drop`, rows whose prompt leaves no room for `max_tokens`, the student's or (if any) its teacher's.
 
-    Raises `DataError`, `ConfigError`."""
+    Raises `DataError`, for hints too, and `ConfigError`."""
+    refuse_hints([*data.train, *data.test])
     limit = max_prompt_tokens
     if models.context_length is not None:
         room = models.context_length - max_tokens

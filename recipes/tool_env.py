@@ -16,7 +16,7 @@ import chz
 
 from envs.datasets import Cursor, Row
 from envs.rendering import Renderer
-from envs.types import EnvGroupBuilder
+from envs.types import EnvGroupBuilder, Hinted, hint_roles
 from errors import ConfigError
 from recipes import setup, training_run
 from recipes.config import TrainConfig
@@ -57,8 +57,10 @@ def train(config: Config, rows: Sequence[Row], make_group: MakeGroup) -> Path:
     models = setup.check_models(config)
     student = models.student_renderer
     make_parser(student, [])  # which tools it will be is not known yet; that it can have some is
-    models.teacher_renderer.check(tools=True)
     first = make_group(rows[0], student)
+    of_rows = [row.teacher_hints for row in rows] + [first.teacher_hints if isinstance(first, Hinted) else ()]
+    roles = {roles for hints in of_rows for roles in hint_roles(hints)}
+    models.teacher_renderer.check(tools=True, hints=roles)
     if (first.dataset, first.teacher) != (config.name, config.teacher_model):
         raise ConfigError(
             f"the group of row {first.row_id!r} has dataset={first.dataset!r} and teacher={first.teacher!r}: expected "

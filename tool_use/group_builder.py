@@ -10,7 +10,7 @@ from typing import Any
 
 from envs.message_env import DeferredEnv
 from envs.rendering import Renderer
-from envs.types import Env, Message
+from envs.types import Env, Message, TeacherHint
 from errors import ConfigError
 from tool_use.agent_env import AgentLimits, RewardFn, build_agent_tool_env, zero_reward
 from tool_use.types import Tool
@@ -36,6 +36,7 @@ class ToolEnvGroupBuilder:
     make_tools: MakeTools
     group_size: int = 1
     teacher_messages: tuple[Message, ...] | None = None
+    teacher_hints: tuple[TeacherHint, ...] = ()
     reward_fn: RewardFn = zero_reward
     limits: AgentLimits = field(default_factory=AgentLimits)
 

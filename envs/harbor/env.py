@@ -17,6 +17,7 @@ from envs.harbor.task import HarborTask, Step
 from envs.message_env import AssistantTurn, DeferredEnv, MessageStep, Outcome
 from envs.rendering import Renderer
 from envs.types import Env, Message, StopReason
+from errors import DataError
 from sandbox.types import SandboxFactory
 from tool_use.agent_env import AgentToolMessageEnv, build_agent_tool_env
 
@@ -29,6 +30,20 @@ SYSTEM_PROMPT = (
 
 def user_message(step: Step) -> Message:
     return {"role": "user", "content": step.instruction}
+
+
+def with_solution(task: HarborTask) -> tuple[Message, ...]:
+    """The prompt of a teacher that is shown how every step of the task can be done. Raises `DataError`."""
+    scripts = []
+    for step in task.steps:
+        if step.solution is None:
+            raise DataError(
+                f"{task.folder}: teacher_sees_solution=True needs its solution/solve.sh. "
+                "Leave the task out with task_names"
+            )
+        title = f"A way to do step {step.name}:" if step.name else "A way to do it:"
+        scripts.append(f"{title}\n\n```bash\n{(step.solution / 'solve.sh').read_text().strip()}\n```")
+    return ({"role": "user", "content": "\n\n".join([task.instruction, *scripts])},)
 
 
 class HarborMessageEnv:
@@ -89,7 +104,8 @@ class HarborMessageEnv:
 
 @dataclass(frozen=True)
 class HarborEnvGroupBuilder:
-    """`group_size` attempts at one task. `rewarded`: its tests give the reward; else it is zero."""
+    """`group_size` attempts at one task. `rewarded`: its tests give the reward; else it is zero. With
+    `teacher_sees_solution` the teacher reads `with_solution`, else what the student reads."""
 
     dataset: str
     teacher: str
@@ -102,14 +118,15 @@ class HarborEnvGroupBuilder:
     max_tokens: int
     max_trajectory_tokens: int
     rewarded: bool = False
+    teacher_sees_solution: bool = False
 
     @property
     def row_id(self) -> str:
         return self.task.task_id
 
     @property
-    def teacher_messages(self) -> None:
-        return None  # the teacher reads what the student reads
+    def teacher_messages(self) -> tuple[Message, ...] | None:
+        return with_solution(self.task) if self.teacher_sees_solution else None
 
     async def make_envs(self) -> Sequence[Env]:
         """Build the image, once for all. Sandboxes are made as each attempt begins."""

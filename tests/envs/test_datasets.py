@@ -7,8 +7,9 @@ import datasets as hf
 import pytest
 
 from envs import sources
-from envs.datasets import Cursor, Row, parse_row, prompt_key, read_jsonl, split_held_out
+from envs.datasets import Cursor, Row, fingerprint, parse_row, prompt_key, read_jsonl, split_held_out
 from envs.sources import BOXED_INSTRUCTION, load_dataset_rows
+from envs.types import TeacherHint
 from errors import DataError
 
 
@@ -53,6 +54,16 @@ def test_every_field_of_the_contract_is_kept():
         expected_answer="72",
         completion="it is 72",
     )
+
+
+def test_hints_on_the_way_are_kept_in_order():
+    hints = [{"after_turn": 2, "messages": [user("warm")]}, {"messages": [{"role": "system", "content": "look"}]}]
+    row = parse_row({"messages": [user("q")], "teacher_hints": hints}, "f:1")
+    assert row.teacher_hints == (
+        TeacherHint((user("warm"),), after_turn=2),
+        TeacherHint(({"role": "system", "content": "look"},)),
+    )
+    assert fingerprint([row]) != fingerprint([parse_row({"messages": [user("q")]}, "f:1")])
 
 
 def test_text_parts_are_joined_and_a_tool_calls_null_content_is_empty():
@@ -101,6 +112,10 @@ def test_a_numeric_expected_answer_is_read_as_text():
         ({"messages": [user("q")], "completion": ""}, "completion: String should have at least 1"),
         ({"messages": [user("q")], "expected_answer": True}, "expected_answer: Input should be a valid str"),
         ({"messages": [user("q")], "teacher_messages": [assistant("a")]}, "teacher_messages must not end"),
+        ({"messages": [user("q")], "teacher_hints": [{"messages": []}]}, "teacher_hints[0].messages"),
+        ({"messages": [user("q")], "teacher_hints": [{"after_turn": 0, "messages": [user("a")]}]}, "after_turn"),
+        ({"messages": [user("q")], "teacher_hints": [{"messages": [assistant("a")]}]}, "teacher_hints[0].messages[0]"),
+        ({"messages": [user("q")], "teacher_hints": [{"after": 1, "messages": [user("a")]}]}, "teacher_hints[0].after"),
         ([1], "expected an object with 'messages', got [1]"),
     ],
 )

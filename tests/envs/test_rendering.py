@@ -337,6 +337,30 @@ def test_check_refuses_and_names_tokenizer_and_reason(template: str, needs: dict
     assert "'org/tiny'" in str(caught.value) and "Way out" in str(caught.value)
 
 
+ALTERNATING = """{%- for m in messages -%}
+{%- if not loop.first and m.role == 'user' and loop.previtem.role != 'assistant' -%}
+{{- raise_exception('roles must alternate') -}}{%- endif -%}
+{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"""
+
+
+def test_roles_of_hints_are_checked_where_they_would_stand() -> None:
+    renderer = make_renderer(small.byte_level(ALTERNATING), name="org/tiny")
+    renderer.check(multi_turn=True)
+    renderer.check(multi_turn=True, hints={("system",)})
+    with pytest.raises(TemplateError, match=r"'org/tiny'.*refuses roles .*'user', 'user'.*roles must alternate"):
+        renderer.check(multi_turn=True, hints={("system",), ("user",)})
+    for template in (small.CHATML, small.THINKING):
+        make_renderer(small.byte_level(template)).check(multi_turn=True, hints={("user",), ("system", "user")})
+    with_tools = make_renderer(small.byte_level(small.THINKING))
+    with_tools.check(tools=True, hints={("user",)})
+    plain = make_renderer(small.byte_level(None, eos="<|endoftext|>"))
+    plain.check(multi_turn=True, hints={("user",)})
+    with pytest.raises(TemplateError, match="developer"):
+        plain.check(multi_turn=True, hints={("developer",)})
+
+
 def test_check_of_single_turns_asks_no_more() -> None:
     make_renderer(small.byte_level(small.COUNTING)).check()
 

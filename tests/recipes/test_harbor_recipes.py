@@ -6,14 +6,20 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import tiny_models
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "envs" / "harbor"))
 from scripted_sandbox import ScriptedSandboxes
+from transformers import AutoTokenizer
 
+from envs.harbor.dataset import STARTER_FOLDER
+from envs.harbor.task import load_task
+from envs.types import Episode
 from errors import SandboxError, SandboxUnavailableError
+from models.teacher_view import ViewMaker
 from recipes import evaluate_harbor, harbor_setup
 from recipes import on_policy_distillation_harbor_multi_turn as recipe
 from recipes.cli import parse_config, run_cli
@@ -79,6 +85,46 @@ def test_a_run_trains_on_every_episode_with_zero_reward(
         sampled = [i for i, mask in enumerate(episode["sampled"]) if mask]
         assert 0 < len(sampled) <= 24 and all(episode["teacher_logprobs"][i] is not None for i in sampled)
         assert '"name": "bash"' in "".join(episode["tokens"])  # the prompt shows the tool
+
+
+def test_the_solution_is_shown_to_the_teacher_alone(
+    tmp_path: Path, tool_models: dict[str, str], sandboxes: ScriptedSandboxes, capsys: pytest.CaptureFixture[str]
+):
+    views: list[list[int]] = []
+    made = ViewMaker.view
+
+    def view(self: ViewMaker, episode: Episode) -> Any:
+        views.append(made(self, episode).token_ids.tolist())
+        return made(self, episode)
+
+    with mock.patch.object(ViewMaker, "view", view):
+        path = run(tmp_path / "run", tool_models, max_steps=1, teacher_sees_solution=True)
+    tokenizer = AutoTokenizer.from_pretrained(tool_models["teacher_model"])
+    read = [tokenizer.decode(ids) for ids in views]
+    episodes = tiny_models.episodes(path, 1)
+    assert len(read) == len(episodes) == 4
+    for episode in episodes:
+        task = load_task(STARTER_FOLDER / episode["row_id"])
+        script = (STARTER_FOLDER / episode["row_id"] / "solution" / "solve.sh").read_text().strip()
+        said = "".join(token for token, sampled in zip(episode["tokens"], episode["sampled"], strict=True) if sampled)
+        assert script not in "".join(episode["tokens"])
+        assert any(task.instruction in text and script in text and text.endswith(said) for text in read)
+    run(tmp_path / "dry", tool_models, dry_run=True, teacher_sees_solution=True)
+    assert "tokens (with the solution)" in capsys.readouterr().out
+
+
+def test_a_solution_that_is_missing_or_too_long_is_named(
+    tmp_path: Path, tool_models: dict[str, str], capfd: pytest.CaptureFixture[str]
+):
+    options = {**SMALL, **tool_models, "log_path": tmp_path / "run", "teacher_sees_solution": True}
+    argv = [f"{key}={value}" for key, value in (options | {"max_trajectory_tokens": 4096}).items()]
+    err = refused(recipe, capfd, argv)
+    assert "max_trajectory_tokens=4096: with the solution of task" in err and "context is 4096" in err
+    task = Path(
+        tiny_models.copy_without(str(STARTER_FOLDER / "edit-json"), tmp_path / "tasks" / "edit-json", "solution")
+    )
+    argv = [f"{key}={value}" for key, value in (options | {"dataset": task.parent, "task_names": "edit-json"}).items()]
+    assert f"{task}: teacher_sees_solution=True needs its solution/solve.sh" in refused(recipe, capfd, argv)
 
 
 def test_held_out_tasks_are_graded_by_their_tests(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import pytest
 import tiny_models
 
 from envs.datasets import Row
+from envs.message_env import AssistantTurn, MessageStep, Outcome, TokenEnv
 from envs.rendering import Renderer
+from envs.types import Message, StopReason, TeacherHint
 from errors import ConfigError, DataError, TemplateError
-from recipes import training_run
+from recipes import setup, training_run
 from recipes.tiny_tool_models import make_models
 from recipes.tool_env import Config, train
 from tool_use import AgentLimits, ToolEnvGroupBuilder, tool
@@ -99,3 +102,84 @@ def test_no_rows_and_sizes_that_make_no_sense_are_refused(models: tuple[str, str
         train(config(models, tmp_path), [], grouping(models[1]))
     with pytest.raises((ConfigError, ValueError), match="groups_per_batch=0"):
         config(models, tmp_path, groups_per_batch=0)
+
+
+class Asking:
+    """A `MessageEnv` that asks once more, whatever it is told."""
+
+    tools = ()
+
+    async def initial_messages(self) -> list[Message]:
+        return [{"role": "user", "content": "double 2"}]
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    async def step(self, turn: AssistantTurn) -> MessageStep:
+        self.asked += 1
+        if self.asked == 2:
+            return MessageStep(stop_reason=StopReason.COMPLETED)
+        return MessageStep(messages=({"role": "user", "content": "and 3"},))
+
+    async def finish(self, stop_reason: StopReason, cut: AssistantTurn | None) -> Outcome:
+        return Outcome()
+
+
+@dataclass(frozen=True)
+class AskingGroup:
+    row_id: str
+    teacher: str
+    renderer: Renderer
+    teacher_hints: tuple[TeacherHint, ...]
+    dataset: str = "doubling"
+    teacher_messages: None = None
+    group_size: int = 4
+
+    async def make_envs(self) -> list[TokenEnv]:
+        options = {"max_trajectory_tokens": 300, "max_generation_tokens": 40}
+        return [TokenEnv(Asking(), self.renderer, **options) for _ in range(self.group_size)]
+
+    async def cleanup(self) -> None:
+        pass
+
+
+def test_hints_reach_the_teacher_s_view(models: tuple[str, str], tmp_path: Path):
+    """The same episodes, judged otherwise from the second turn on."""
+    hints = (TeacherHint(({"role": "user", "content": "double it"},)),)
+    judged = []
+    for name, given in (("plain", ()), ("hinted", hints)):
+        options = config(models, tmp_path / name, max_steps=1)
+        folder = train(options, ROWS, lambda row, r, given=given: AskingGroup(row.row_id, models[1], r, given))
+        lines = (folder / "episodes" / "step_000001.jsonl").read_text().splitlines()
+        judged.append([json.loads(line) for line in lines])
+    several = 0
+    for plain, hinted in zip(*judged, strict=True):
+        assert plain["token_ids"] == hinted["token_ids"]
+        starts = np.flatnonzero(np.diff(np.array(plain["sampled"], dtype=int), prepend=0) == 1).tolist()
+        second = starts[1] if len(starts) > 1 else len(plain["sampled"])
+        pairs = list(zip(plain["teacher_logprobs"], hinted["teacher_logprobs"], strict=True))
+        assert all(a is None or a == pytest.approx(b, abs=1e-4) for a, b in pairs[:second])
+        if len(starts) > 1:
+            several += 1
+            assert any(a is not None and abs(a - b) > 1e-3 for a, b in pairs[second:])
+    assert several
+
+
+def test_a_hint_that_the_teacher_s_format_refuses_is_named_at_the_start(
+    models: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    row = Row("hinted", ROWS[0].messages, teacher_hints=(TeacherHint(({"role": "user", "content": "x"},)),))
+    strict = Path(tiny_models.copy_without(models[1], tmp_path / "strict"))
+    file = strict / "chat_template.jinja"
+    refusal = "{%- for m in messages -%}{%- if m.role == 'user' and not loop.first and loop.previtem.role == 'tool' -%}"
+    refusal += "{{- raise_exception('no user after a tool') -}}{%- endif -%}{%- endfor -%}"
+    file.write_text(refusal + file.read_text())
+    with pytest.raises(TemplateError, match="no user after a tool"):
+        train(config((models[0], str(strict)), tmp_path), [*ROWS, row], grouping(str(strict)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_hints_on_the_way_of_a_single_answer_are_refused(models: tuple[str, str]):
+    row = Row("hinted", ROWS[0].messages, teacher_hints=(TeacherHint(({"role": "user", "content": "x"},)),))
+    with pytest.raises(DataError, match="hinted: has teacher_hints, which come after a turn"):
+        setup.refuse_hints([*ROWS, row])

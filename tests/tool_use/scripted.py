@@ -11,7 +11,7 @@ import small_tokenizers as small
 from tokenizers import AddedToken
 
 from envs.rendering import Renderer, make_renderer
-from envs.types import Message, Sampled, SamplingParams
+from envs.types import Message, Sampled, SamplingParams, TeacherHint
 from models.types import WeightSource
 
 HERMES = small.THINKING
@@ -156,8 +156,10 @@ class Row:
     dataset, row_id, teacher = "d", "r", "t"
     group_size = 1
 
-    def __init__(self, teacher_messages: tuple[Message, ...] | None = None) -> None:
-        self.teacher_messages = teacher_messages
+    def __init__(
+        self, teacher_messages: tuple[Message, ...] | None = None, teacher_hints: tuple[TeacherHint, ...] = ()
+    ) -> None:
+        self.teacher_messages, self.teacher_hints = teacher_messages, teacher_hints
 
 
 def user(content: str) -> Message:

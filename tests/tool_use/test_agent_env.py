@@ -21,7 +21,7 @@ from scripted import ScriptedStudent as Student
 
 from envs.rendering import Renderer, control_tokens
 from envs.rollout import run_episode, run_group
-from envs.types import Episode, Message, StopReason
+from envs.types import Episode, Message, StopReason, TeacherHint
 from errors import ConfigError, DataError, SandboxError
 from models.teacher_view import ViewMaker
 from tool_use import AgentLimits, ToolEnvGroupBuilder, ToolResult, build_agent_tool_env, tool, zero_reward
@@ -383,6 +383,21 @@ async def test_privileged_messages_come_with_the_tools():
     done, _, _ = await episode(add(2), "2", row=row)
     shown = HERMES.tokenizer.decode(ViewMaker(HERMES, HERMES).view(done).token_ids.tolist())
     assert '"name": "add"' in shown and "it is 2<|im_end|>" in shown
+
+
+@pytest.mark.parametrize("teacher_format", ["hermes", "llama3_json"])
+async def test_a_hint_comes_after_the_tool_s_answer(teacher_format: str):
+    teacher = renderer_of(teacher_format)
+    row = Row(teacher_hints=(TeacherHint((user("now say it: 2"),), after_turn=1),))
+    done, said, _ = await episode(add(2), "2", row=row)
+    view = ViewMaker(HERMES, teacher).view(done)
+    (turn, _) = done.turns
+    expected = teacher.continuation([*turn.observation, user("now say it: 2")], ended=True, tool_calls=turn.tool_calls)
+    start = int(view.positions[turn.end - turn.start - 1]) + 1
+    assert view.token_ids[start : start + len(expected)].tolist() == expected
+    assert len(view.token_ids) == start + len(expected) + len(said.said[1])
+    assert view.student_positions.tolist() == np.flatnonzero(done.sampled).tolist()
+    assert "now say it" not in HERMES.tokenizer.decode(done.token_ids.tolist())
 
 
 # --- groups, and what episodes hold
