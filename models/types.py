@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
@@ -28,9 +28,11 @@ class SignalKind(StrEnum):
 class TeacherTopK:
     """Need of the teacher's `k` likeliest tokens at every sampled token, and of the sampled token's logprob.
 
-    A vocabulary of fewer than `k` tokens is taken whole."""
+    A vocabulary of fewer than `k` tokens is taken whole. `renormalised`: only their ratios are used, so that several
+    teachers are blended as distributions over their top k."""
 
     k: int
+    renormalised: bool = False
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -69,6 +71,14 @@ class Head(Protocol):
 
 
 @dataclass(frozen=True)
+class Opinion:
+    """What one teacher of a blend said, as far as metrics tell it."""
+
+    logprobs: Float[Tensor, " n"]  # of the sampled tokens
+    topk_mass: Float[Tensor, " n"] | None = None  # of its own top k
+
+
+@dataclass(frozen=True)
 class Signal:
     """A teacher's answer for one episode, aligned with the view's `student_positions` (length n).
 
@@ -82,6 +92,7 @@ class Signal:
     hidden: Float[Tensor, "n h"] | None = None  # the teacher's final hidden states
     head: Head | None = None
     swap: tuple[int, int] | None = None  # columns of the head to exchange, see `TeacherView.swap`
+    opinions: Mapping[str, Opinion] = field(default_factory=dict)  # of a blend's teachers, by name, where known
 
     def __post_init__(self) -> None:
         if (self.logprobs is None) == (self.hidden is None) or (self.hidden is None) != (self.head is None):

@@ -7,6 +7,9 @@
     python -m recipes.on_policy_multi_teacher model_name=./student datasets.0.dataset=mixed.jsonl \\
         teachers.0.model=./mathematician teachers.0.route_value=math \\
         teachers.1.model=./talker teachers.1.route_value=chat
+    python -m recipes.on_policy_multi_teacher model_name=./student datasets.0.dataset=prompts.jsonl \\
+        objective=topk_forward_kl teachers.0.model=./mathematician teachers.0.blend_weight=0.7 \\
+        teachers.1.model=./talker teachers.1.blend_weight=0.3
 
 Every step takes `groups_per_batch` prompts of each dataset. Teachers of the same weights are loaded once.
 """
@@ -28,7 +31,7 @@ from envs.datasets import Cursor, Dataset, Row
 from envs.rollout import derive_seed
 from envs.sources import NAMES, Routing, load_dataset_rows, locate
 from errors import ConfigError
-from recipes import setup
+from recipes import blends, setup
 from recipes.cli import run_cli
 from recipes.config import OnPolicyConfig
 from recipes.on_policy_distillation import eval_size_of_file
@@ -70,10 +73,15 @@ class DatasetOptions:
 
 @chz.chz
 class TeacherOptions:
-    """A teacher that rows name."""
+    """A teacher that rows name, or that is blended with others."""
 
     model: str = chz.field(doc=f"hub id, local folder or .gguf file; {EMA}: the student's moving average")
     route_value: str | None = chz.field(default=None, doc="what a row says to be judged by it; default: its model")
+    blend_weight: float | None = chz.field(
+        default=None,
+        doc="how much it counts among those of its route_value, or, if all have a weight, among all for rows that "
+        "name none; 0 leaves it out",
+    )
     checkpoint: str | None = chz.field(default=None, doc="its weights: HF folder or adapter")
     system_prompt: str | None = chz.field(
         default=None, doc="system message in its view; default: the student's, '' for none"
@@ -116,14 +124,14 @@ class Config(OnPolicyConfig):
                 )
             if data.teacher_model is None and data.teacher_checkpoint is not None:
                 raise ConfigError(f"datasets.{i}.teacher_checkpoint needs teacher_model, which names its tokenizer")
-        for kind, names in (
-            ("datasets.{}.name", [data.title for data in self.datasets]),
-            ("teachers.{}.route_value", [teacher.route for teacher in self.teachers]),
-        ):
-            for i, name in enumerate(names):
-                if name in names[:i]:
-                    first, second = kind.format(names.index(name)), kind.format(i)
-                    raise ConfigError(f"{first} and {second} are both {name!r}: give one of them another")
+        titles = [data.title for data in self.datasets]
+        for i, name in enumerate(titles):
+            if name in titles[:i]:
+                first = titles.index(name)
+                raise ConfigError(
+                    f"datasets.{first}.name and datasets.{i}.name are both {name!r}: give one of them another"
+                )
+        blends.check_blends(self.teachers)
         for option, place in (("deepmath_groups_per_batch", 0), ("tulu3_groups_per_batch", 1)):
             value = getattr(self, option)
             sizes = [data.groups_per_batch for data in self.datasets if data.title == option.split("_")[0]]
@@ -135,17 +143,24 @@ class Config(OnPolicyConfig):
         self.teacher_specs()
 
     def teacher_specs(self) -> Sequence[TeacherSpec]:
-        return distinct([*(_listed(self, i) for i in range(len(self.teachers))), *filter(None, self._own)])
+        return distinct([*self._listed, *filter(None, self._own)])
+
+    def blends(self) -> Mapping[str, Mapping[str, float]]:
+        return blends.blends(self.teachers)
 
     def own_teacher(self, index: int) -> str | None:
-        """The name of the teacher of a dataset's rows that name none."""
+        """The name of who judges a dataset's rows that name none."""
         spec = self._own[index]
-        return None if spec is None else spec.name
+        return blends.default(self.teachers) if spec is None else spec.name
+
+    @property
+    def _listed(self) -> list[TeacherSpec]:
+        return [_listed(self, i, name) for i, name in blends.names(self.teachers).items()]
 
     @property
     def _own(self) -> list[TeacherSpec | None]:
         """Each dataset's teacher. One whose name stands for another reading already is named by its dataset too."""
-        taken = {spec.name: spec for spec in (_listed(self, i) for i in range(len(self.teachers)))}
+        taken = {spec.name: spec for spec in self._listed}
         found: list[TeacherSpec | None] = []
         for i, data in enumerate(self.datasets):
             spec = _of_dataset(self, i)
@@ -157,10 +172,10 @@ class Config(OnPolicyConfig):
         return found
 
 
-def _listed(config: Config, index: int) -> TeacherSpec:
+def _listed(config: Config, index: int, name: str) -> TeacherSpec:
     options = config.teachers[index]
     return TeacherSpec(
-        name=options.route,
+        name=name,
         model=options.model,
         checkpoint=options.checkpoint,
         system_prompt=options.system_prompt,
@@ -225,12 +240,12 @@ def presets(given: dict[str, str]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Part:
-    """One dataset's rows, and which teacher judges each."""
+    """One dataset's rows, and which teacher, or blend of them, judges each."""
 
     options: DatasetOptions
     data: Dataset
     own_teacher: str | None
-    routes: Mapping[str, str]  # from what a row says to the teacher's name
+    routes: Mapping[str, str]  # from what a row says to the teacher's name, or the blend's
 
     def teacher_of(self, row: Row) -> str:
         teacher = self.own_teacher if row.teacher is None else self.routes[row.teacher]
@@ -269,7 +284,7 @@ def check(config: Config) -> Checked:
 
 def _part(config: Config, index: int) -> Part:
     options, own = config.datasets[index], config.own_teacher(index)
-    routes = {teacher.route: teacher.route for teacher in config.teachers}
+    routes = {config.teachers[i].route: config.teachers[i].route for i in blends.asked(config.teachers)}
     if own is not None and options.teacher_model is not None:
         routes = {options.teacher_model: own, own: own} | routes
     data = load_dataset_rows(
@@ -291,25 +306,32 @@ def main(config: Config) -> None:
         return
     first = checked.parts[0]
     row = first.data.train[0]
-    renderer = checked.models.teachers[first.teacher_of(row)].renderer
-    teacher = renderer.prompt(row.teacher_messages or row.messages)
+    readers = checked.models.readers(first.teacher_of(row))
+    read = [len(reader.renderer.prompt(row.teacher_messages or row.messages)) for reader in readers]
     print_dry_run(
         config,
         run,
-        data=[line for part in checked.parts for line in _lines(part)],
+        data=[line for part in checked.parts for line in _lines(part, checked.models)],
         prompt=checked.models.student_renderer.prompt(row.messages),
-        teacher=f"{first.teacher_of(row)} reads {len(teacher)} tokens of this prompt"
+        teacher=", ".join(
+            f"{reader.name} reads {tokens} tokens of this prompt" for reader, tokens in zip(readers, read, strict=True)
+        )
         + (" (privileged)" if row.teacher_messages else ""),
     )
 
 
-def _lines(part: Part) -> list[str]:
+def _lines(part: Part, models: setup.CheckedModels) -> list[str]:
     data, options = part.data, part.options
     return [
         f"{data.name}: {len(data.train)} training rows, {len(data.test)} held out, graded as {data.grader}; "
         f"{options.groups_per_batch} prompts x {options.group_size} attempts a step",
-        *(f"  {count} rows are judged by {teacher}" for teacher, count in part.rows_of.items()),
+        *(f"  {count} rows are judged by {_judge(teacher, models)}" for teacher, count in part.rows_of.items()),
     ]
+
+
+def _judge(teacher: str, models: setup.CheckedModels) -> str:
+    weights = models.blends.get(teacher, {})
+    return teacher + (f": {', '.join(f'{w:.3g} of {name}' for name, w in weights.items())}" if weights else "")
 
 
 def log_path(config: Config) -> Path:
@@ -351,11 +373,11 @@ def training_run(config: Config, checked: Checked) -> TrainingRun:
 
 
 def _sets_of(teacher: str, config: Config, parts: Sequence[Part], models: setup.CheckedModels) -> list[EvalSet]:
-    """The held-out rows that one teacher judges, in its own format."""
+    """The held-out rows that one teacher judges, alone or in a blend, in its own format."""
     renderer = models.teachers[teacher].renderer
     found = []
     for part in parts:
-        rows = [row for row in part.data.test if part.teacher_of(row) == teacher]
+        rows = [row for row in part.data.test if teacher in {r.name for r in models.readers(part.teacher_of(row))}]
         if rows:
             data = replace(part.data, test=rows)
             found.append(setup.eval_set(data, renderer, part.teacher_of, config.max_tokens))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -51,6 +51,11 @@ class CheckedModels:
     device: torch.device
     compute_dtype: torch.dtype
     shared_weights: str | None  # a LoRA student's base: a teacher of these weights is not loaded again
+    blends: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # by name, the members' weights
+
+    def readers(self, name: str) -> list[CheckedTeacher]:
+        """The teacher of that name, or those of the blend."""
+        return [self.teachers[member] for member in self.blends.get(name, (name,))]
 
     @property
     def only_teacher(self) -> CheckedTeacher:
@@ -87,6 +92,7 @@ def check_models(config: StudentConfig, *, tools: bool = False) -> CheckedModels
         device=device,
         compute_dtype=config.compute_dtype(device),
         shared_weights=weights_fingerprint(student) if config.lora_rank and teachers else None,
+        blends=config.blends(),
     )
 
 
@@ -196,7 +202,8 @@ def check_prompt_lengths(
     def too_long(row: Row) -> bool:
         reads = [(row.messages, models.student_renderer)]
         if teacher_of is not None:
-            reads.append((row.teacher_messages or row.messages, models.teachers[teacher_of(row)].renderer))
+            judges = models.readers(teacher_of(row))
+            reads += [(row.teacher_messages or row.messages, judge.renderer) for judge in judges]
         for messages, renderer in reads:
             # A token has at least one byte: most rows need no rendering to be seen to fit.
             size = sum(len(json.dumps(m, default=str)) + 16 for m in messages) + added[id(renderer)]

@@ -132,6 +132,10 @@ class StudentConfig:
         """The teachers of the run, each name once; none to learn from given answers alone. Raises `ConfigError`."""
         return ()
 
+    def blends(self) -> Mapping[str, Mapping[str, float]]:
+        """Teachers that judge together: by the blend's name, its members' weights, which sum to 1."""
+        return {}
+
     def comparison_temperature(self) -> float:
         """The one temperature of every logprob that is compared. Raises `ConfigError`."""
         return 1.0

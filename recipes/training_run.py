@@ -16,6 +16,7 @@ from models.checks import probe_scorer, probe_view
 from models.device_thread import compute_blocking
 from models.transformers_sampler import TransformersSampler
 from recipes import setup
+from recipes.blends import with_blends
 from recipes.config import OnPolicyConfig
 from recipes.student_config import StudentConfig
 from training.collect import Teacher
@@ -78,7 +79,7 @@ async def _train(config: StudentConfig, run: TrainingRun, parts: setup.Engines, 
             plans=run.plans,
             eval_sets=run.eval_sets,
             sampler=parts.sampler,
-            teachers={**parts.teachers, **run.captured},
+            teachers={**with_blends(parts.teachers, run.models.blends), **run.captured},
             learner=parts.learner,
             objective=_objective(config, run),
             renderer=run.models.student_renderer,

@@ -17,6 +17,8 @@ import anyio
 from envs.rollout import derive_seed, run_group
 from envs.types import EnvGroupBuilder, Episode, EpisodeGroup
 from errors import TeacherError
+from models.blending import blended
+from models.device_thread import compute
 from models.teacher_view import ViewMaker
 from models.types import Sampler, Scorer, Signal, SignalKind, SignalSpec, TeacherView
 from training.metrics import StageTimer
@@ -31,6 +33,14 @@ class Teacher:
 
     scorer: Scorer
     views: ViewMaker
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Teachers who all score an episode, each as it reads it: what counts is the mixture of their distributions."""
+
+    members: Mapping[str, Teacher]
+    weights: tuple[float, ...]  # above 0, in the members' order, their sum is 1
 
 
 @dataclass
@@ -54,7 +64,7 @@ class Collected:
 async def collect(
     builders: Sequence[EnvGroupBuilder],
     sampler: Sampler,
-    teachers: Mapping[str, Teacher],
+    teachers: Mapping[str, Teacher | Blend],
     need: SignalSpec,
     *,
     temperature: float,
@@ -77,13 +87,14 @@ async def collect(
                     tasks.start_soon(one, i, builder)
         scoring.flush(score_tasks)
     ordered = [groups[i] for i in range(len(builders))]
+    signals = await scoring.signals([episode for group in ordered for episode in group.episodes])
     dropped = Counter(reason for group in ordered for reason in group.dropped)
     dropped.update(scoring.dropped)
     items = [
         [
-            TrainingItem(episode, scoring.signals.get(id(episode)))
+            TrainingItem(episode, signals.get(id(episode)))
             for episode in group.episodes
-            if need is SignalKind.NONE or id(episode) in scoring.signals
+            if need is SignalKind.NONE or id(episode) in signals
         ]
         for group in ordered
     ]
@@ -91,27 +102,40 @@ async def collect(
     return Collected(ordered, items, dropped, causes | scoring.causes)
 
 
+@dataclass(frozen=True)
+class _Question:
+    """What one teacher is asked of one episode; `member`: its place in a blend."""
+
+    episode: Episode
+    member: int
+    view: TeacherView
+
+
 class _Scoring:
     """Collects views per scorer and hands them over in batches."""
 
-    def __init__(self, teachers: Mapping[str, Teacher], need: SignalSpec, timer: StageTimer) -> None:
-        self.signals: dict[int, Signal] = {}  # by id() of the episode
-        self.dropped: Counter[str] = Counter()
+    def __init__(self, teachers: Mapping[str, Teacher | Blend], need: SignalSpec, timer: StageTimer) -> None:
         self.causes: dict[str, str] = {}
+        self._failed: dict[int, str] = {}  # by id() of the episode, the reason
+        self._answers: dict[tuple[int, int], Signal] = {}  # by id() of the episode and member
         self._teachers, self._need, self._timer = teachers, need, timer
         # By scorer, not by teacher: two names for one model make the same batches as one, and the same rounding.
-        self._pending: dict[int, list[tuple[Episode, TeacherView]]] = {}
-        self._scorers = {id(teacher.scorer): teacher.scorer for teacher in teachers.values()}
+        self._pending: dict[int, list[_Question]] = {}
+        self._scorers = {id(member.scorer): member.scorer for t in teachers.values() for member in _members(t)}
+
+    @property
+    def dropped(self) -> Counter[str]:
+        return Counter(self._failed.values())
 
     def add(self, group: EpisodeGroup, tasks: Any) -> None:
         if self._need is SignalKind.NONE:
             return
-        teacher = self._teachers[group.teacher]
-        key = id(teacher.scorer)
-        pending = self._pending.setdefault(key, [])
-        pending.extend((e, teacher.views.view(e)) for e in group.episodes)
-        if sum(len(view.token_ids) for _, view in pending) >= SCORE_TOKENS:
-            tasks.start_soon(self._score, teacher.scorer, self._pending.pop(key))
+        for i, teacher in enumerate(_members(self._teachers[group.teacher])):
+            key = id(teacher.scorer)
+            pending = self._pending.setdefault(key, [])
+            pending.extend(_Question(e, i, teacher.views.view(e)) for e in group.episodes)
+            if sum(len(question.view.token_ids) for question in pending) >= SCORE_TOKENS:
+                tasks.start_soon(self._score, teacher.scorer, self._pending.pop(key))
 
     def flush(self, tasks: Any) -> None:
         for key, pending in self._pending.items():
@@ -119,17 +143,39 @@ class _Scoring:
                 tasks.start_soon(self._score, self._scorers[key], pending)
         self._pending = {}
 
-    async def _score(self, scorer: Scorer, pending: list[tuple[Episode, TeacherView]]) -> None:
+    async def _score(self, scorer: Scorer, pending: list[_Question]) -> None:
         with self._timer.stage("scoring"):
             try:
-                signals = await scorer.score([view for _, view in pending], self._need)
+                signals = await scorer.score([question.view for question in pending], self._need)
             except TeacherError as error:
                 if len(pending) == 1:
-                    self.dropped[error.reason] += 1
+                    self._failed[id(pending[0].episode)] = error.reason
                     self.causes[error.reason] = str(error)
                     return
                 for one in pending:  # so that one bad view does not take its neighbours with it
                     await self._score(scorer, [one])
                 return
-        for (episode, _), signal in zip(pending, signals, strict=True):
-            self.signals[id(episode)] = signal
+        for question, signal in zip(pending, signals, strict=True):
+            self._answers[id(question.episode), question.member] = signal
+
+    async def signals(self, episodes: Sequence[Episode]) -> dict[int, Signal]:
+        """By id() of the episode, of those that every teacher asked could score."""
+        if self._need is SignalKind.NONE:
+            return {}
+        scored = [episode for episode in episodes if id(episode) not in self._failed]
+        blends = [episode for episode in scored if isinstance(self._teachers[episode.teacher], Blend)]
+        found = {id(episode): self._answers[id(episode), 0] for episode in scored}
+        return found | (await compute(self._blend, blends) if blends else {})
+
+    def _blend(self, episodes: Sequence[Episode]) -> dict[int, Signal]:
+        found = {}
+        for episode in episodes:
+            blend = self._teachers[episode.teacher]
+            assert isinstance(blend, Blend)
+            said = {name: self._answers[id(episode), i] for i, name in enumerate(blend.members)}
+            found[id(episode)] = blended(said, blend.weights, self._need)
+        return found
+
+
+def _members(teacher: Teacher | Blend) -> Sequence[Teacher]:
+    return list(teacher.members.values()) if isinstance(teacher, Blend) else [teacher]

@@ -148,7 +148,7 @@ class JSD:
     def need(self) -> SignalSpec:
         if self.support == "teacher_topk":
             assert self.top_k is not None
-            return TeacherTopK(self.top_k)
+            return TeacherTopK(self.top_k, renormalised=self.tail == "renormalise")
         return SignalKind.SAMPLED if self.support == "sampled" else SignalKind.FULL
 
     def advantages(self, logprobs, batch, lengths):
@@ -202,7 +202,7 @@ class TopKForwardKL:
 
     @property
     def need(self) -> SignalSpec:
-        return TeacherTopK(self.top_k)
+        return TeacherTopK(self.top_k, renormalised=True)
 
     def advantages(self, logprobs, batch, lengths):
         raise NotImplementedError("a distribution loss has no advantages")

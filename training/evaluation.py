@@ -16,7 +16,7 @@ from envs.types import EnvGroupBuilder, Episode
 from errors import NoSignalError
 from models.device_thread import compute
 from models.types import Sampler, SignalKind
-from training.collect import Collected, Teacher, collect
+from training.collect import Blend, Collected, Teacher, collect
 from training.distribution_losses import JSD
 from training.learner import ItemMetrics, Learner
 from training.metrics import StageTimer
@@ -46,7 +46,7 @@ class Judge:
     vocabulary, for teachers that can give it."""
 
     learner: Learner
-    teachers: Mapping[str, Teacher]
+    teachers: Mapping[str, Teacher | Blend]
     exact: bool = True
 
 

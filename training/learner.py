@@ -22,6 +22,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from errors import CheckpointError, ProtegeError
+from models.blending import exchanged_columns
 from models.causal_lm import CausalLM
 from models.types import Head, Signal, SignalKind, SignalSpec, TeacherTopK
 from models.weights import LMWeights
@@ -271,11 +272,7 @@ def _teacher_logits(batch: PackedBatch, span: slice, vocab_size: int) -> Float[T
             head, swap = signal.head, signal.swap
         start += count
     assert head is not None
-    logits = head(torch.cat(hidden))[:, :vocab_size]
-    if swap is not None:
-        logits = logits.clone()
-        logits[:, list(swap)] = logits[:, list(swap[::-1])]
-    return logits
+    return exchanged_columns(head(torch.cat(hidden))[:, :vocab_size], swap)
 
 
 def _run_ends(batch: PackedBatch, need: SignalSpec) -> list[int]:

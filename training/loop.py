@@ -28,7 +28,7 @@ from envs.types import EnvGroupBuilder
 from errors import CheckpointError, NoSignalError
 from models.device_thread import compute
 from models.types import Sampler
-from training.collect import Collected, Teacher, collect
+from training.collect import Blend, Collected, Teacher, collect
 from training.evaluation import EvalSet, Judge, evaluate
 from training.learner import ItemMetrics, Learner
 from training.metrics import StageTimer, SumMetrics, peak_memory_mb
@@ -88,7 +88,7 @@ class Loop:
     plans: Sequence[DatasetPlan]
     eval_sets: Sequence[EvalSet]
     sampler: Sampler
-    teachers: Mapping[str, Teacher]
+    teachers: Mapping[str, Teacher | Blend]
     learner: Learner
     objective: Objective
     renderer: Renderer
@@ -307,6 +307,11 @@ def add_episode(sums: SumMetrics, item: TrainingItem, measured: ItemMetrics) -> 
     scope = {"dataset": episode.dataset, "teacher": episode.teacher}
     for name, values in measured.values.items():
         sums.add(_METRIC_NAMES.get(name, name), float(values.sum()), measured.tokens, **scope)
+    for name, opinion in item.signal.opinions.items() if item.signal else ():
+        own = measured.values["kl"] + measured.values["teacher_logprob"]  # the student's logprob
+        sums.add(f"teacher/{name}/kl", float((own - opinion.logprobs.numpy()).sum()), measured.tokens)
+        if opinion.topk_mass is not None:
+            sums.add(f"teacher/{name}/topk_mass", float(opinion.topk_mass.sum()), measured.tokens)
     if "ratio" in measured.values:
         sums.add_max("ratio/max", float(measured.values["ratio"].max()), **scope)
     sums.add("completion_tokens_mean", episode.num_sampled, 1, **scope)

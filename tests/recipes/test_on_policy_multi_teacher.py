@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from functools import cache
@@ -177,6 +178,139 @@ def test_one_model_may_read_in_two_ways(tmp_path: Path, student: str, teacher: s
         assert judged_by(row, teacher) == (row["dataset"] == "plain")
 
 
+# --- blends
+
+
+def logprobs_of(episode: dict[str, Any]) -> list[float]:
+    return [x for x in episode["teacher_logprobs"] if x is not None]
+
+
+def distributions(episode: dict[str, Any], folder: str) -> torch.Tensor:
+    """What this model's plain forward says at the sampled tokens."""
+    with torch.no_grad():
+        probabilities = plain(folder)(torch.tensor([episode["token_ids"]])).logits[0].softmax(-1)
+    return torch.stack([probabilities[i - 1] for i, sampled in enumerate(episode["sampled"]) if sampled])
+
+
+def chosen(probabilities: torch.Tensor, episode: dict[str, Any]) -> list[float]:
+    ids = [token for token, sampled in zip(episode["token_ids"], episode["sampled"], strict=True) if sampled]
+    return [float(row[token].log()) for row, token in zip(probabilities, ids, strict=True)]
+
+
+def mixture(episode: dict[str, Any], weights: dict[str, float], cut: bool = False) -> list[float]:
+    """Logprobs of a mixture; `cut`: over the ids that every model has. (One teacher's embedding is padded.)"""
+    of = [w * distributions(episode, folder) for folder, w in weights.items()]
+    shared = min(each.shape[1] for each in of)
+    mixed = torch.stack([each[:, :shared] for each in of]).sum(0)
+    return chosen(mixed / mixed.sum(-1, keepdim=True) if cut else mixed, episode)
+
+
+OBJECTIVES = [
+    {"objective": "topk_forward_kl", "top_k": 4},
+    {"objective": "jsd", "support": "teacher_topk", "top_k": 4},
+    {"objective": "jsd", "beta": 0.5},
+    {"objective": "jsd", "support": "student_topk", "top_k": 4},
+    {"objective": "reverse_kl"},
+]
+
+
+@pytest.mark.parametrize("options", OBJECTIVES, ids=str)
+def test_without_routes_all_teachers_are_blended_by_their_weights(
+    options: dict[str, Any], tmp_path: Path, student: str, teacher: str, second: str
+):
+    data = arithmetic("one", "")
+    del data["teacher_model"]
+    path = run(
+        tmp_path / "run", student, data, teachers__0__model=teacher, teachers__0__blend_weight=3,
+        teachers__1__model=second, teachers__1__blend_weight=1, max_steps=1, **options,
+    )  # fmt: skip
+    (step,), found = training_rows(path), episodes(path, 1)
+    gaps: dict[str, list[float]] = {teacher: [], second: []}
+    known = options.get("support", options["objective"]) not in ("jsd", "student_topk")  # not of whole distributions
+    for row in found:
+        assert row["teacher"] == "blend"
+        expected = mixture(row, {teacher: 0.75, second: 0.25}, cut=not known)
+        assert logprobs_of(row) == pytest.approx(expected, abs=1e-4)
+        for name, values in gaps.items():
+            own, judged = (chosen(distributions(row, folder), row) for folder in (student, name))
+            values += [a - b for a, b in zip(own, judged, strict=True)]
+    assert step["teacher/blend/kl"] == step["kl"] == step["dataset/one/kl"]
+    for name, values in gaps.items():
+        assert (f"teacher/{name}/kl" in step) == known
+        if known:
+            assert step[f"teacher/{name}/kl"] == pytest.approx(sum(values) / len(values), abs=1e-4)
+            assert (0 < step.get(f"teacher/{name}/topk_mass", 1) < 1) == ("top_k" in options)
+    assert evaluation_rows(path)[0]["eval/exact_reverse_kl"] > 0
+
+
+@pytest.mark.parametrize("options", [OBJECTIVES[0], OBJECTIVES[2]], ids=str)
+def test_a_blend_of_one_and_nothing_is_that_one_to_the_bit_and_the_other_is_not_loaded(
+    options: dict[str, Any], tmp_path: Path, student: str, teacher: str, second: str
+):
+    data = arithmetic("one", "", eval_size=0)
+    del data["teacher_model"]
+    alone = {"teachers__0__model": teacher, "teachers__0__blend_weight": 1}
+    with tiny_models.captured_engines() as engines:
+        nobody = {"teachers__1__model": second, "teachers__1__blend_weight": 0}
+        runs = [
+            run(tmp_path / "one", student, data, **alone, **options),
+            run(tmp_path / "two", student, data, **alone, **nobody, **options),
+            run(tmp_path / "old", student, arithmetic("one", teacher, eval_size=0), **options),
+        ]  # fmt: skip
+    assert all(parts.teacher_lms.keys() == {teacher} for parts in engines)
+    one, two, old = (fingerprint(path) for path in runs)
+    assert one == two == old
+
+
+def test_two_equal_teachers_blended_are_one_teacher(tmp_path: Path, student: str, teacher: str):
+    data = arithmetic("one", "", eval_size=0)
+    del data["teacher_model"]
+    copy = shutil.copytree(teacher, tmp_path / "copy")
+    for i, options in enumerate([OBJECTIVES[0], OBJECTIVES[2]]):
+        both = {"teachers__0__model": teacher, "teachers__1__model": copy}
+        both |= {"teachers__0__blend_weight": 0.4, "teachers__1__blend_weight": 0.6}
+        blended = run(tmp_path / f"blend{i}", student, data, **both, **options)
+        alone = run(tmp_path / f"alone{i}", student, arithmetic("one", teacher, eval_size=0), **options)
+        for name, values in weights(final(alone)).items():
+            torch.testing.assert_close(weights(final(blended))[name], values, rtol=1e-3, atol=1e-4)
+
+
+def test_routes_and_blends_combined(tmp_path: Path, student: str, teacher: str, second: str):
+    rows = [asking("1+2=", teacher="math"), asking("3+4=", teacher="chat"), asking("5+6=", teacher="chat")]
+    data = {"dataset": write(tmp_path / "rows.jsonl", *rows), "groups_per_batch": 3}
+    path = run(
+        tmp_path / "run", student, data, max_steps=1, objective="topk_forward_kl", top_k=4,
+        teachers__0__model=student, teachers__0__route_value="math",
+        teachers__1__model=teacher, teachers__1__route_value="chat", teachers__1__blend_weight=0.5,
+        teachers__2__model=second, teachers__2__route_value="chat", teachers__2__blend_weight=2,
+    )  # fmt: skip
+    (step,) = training_rows(path)
+    for row in episodes(path, 1):
+        if row["row_id"] == "rows:1":
+            assert row["teacher"] == "math" and judged_by(row, student)
+        else:
+            assert row["teacher"] == "chat"
+            assert logprobs_of(row) == pytest.approx(mixture(row, {teacher: 0.2, second: 0.8}), abs=1e-4)
+    assert {"teacher/math/kl", "teacher/chat/kl", f"teacher/{teacher}/kl", f"teacher/{second}/kl"} <= step.keys()
+
+
+def test_blended_teachers_read_in_formats_of_their_own(tmp_path: Path, student: str, teacher: str):
+    """One model under two system prompts: the views differ, the student's positions do not."""
+    data = arithmetic("one", "", eval_size=0)
+    del data["teacher_model"]
+    with tiny_models.captured_engines() as engines:
+        path = run(
+            tmp_path / "run", student, data, max_steps=1, objective="topk_forward_kl", top_k=4,
+            teachers__0__model=teacher, teachers__0__route_value="plain", teachers__0__blend_weight=1,
+            teachers__1__model=teacher, teachers__1__route_value="hinted", teachers__1__blend_weight=1,
+            teachers__1__system_prompt="12+34=46",
+        )  # fmt: skip
+    assert engines[0].teacher_lms["plain"] is engines[0].teacher_lms["hinted"]
+    (step,) = training_rows(path)
+    assert step["teacher/plain/kl"] != step["teacher/hinted/kl"]
+    assert not any(judged_by(row, teacher) for row in episodes(path, 1))
+
+
 # --- stopping and going on
 
 
@@ -256,6 +390,25 @@ MISTAKES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"teachers__0__model": "a", "teachers__1__model": "b", "teachers__1__route_value": "a"},
         ("teachers.0.route_value and teachers.1.route_value are both 'a'",),
     ),
+    "a blend with one who has no weight": (
+        {"teachers__0__model": "a", "teachers__0__route_value": "x", "teachers__0__blend_weight": 1,
+         "teachers__1__model": "b", "teachers__1__route_value": "x"},
+        ("teachers.0.route_value and teachers.1.route_value are both 'x'", "or each a blend_weight"),
+    ),
+    "a weight for nothing": (
+        {"teachers__0__model": "a", "teachers__0__blend_weight": 1, "teachers__1__model": "b"},
+        ("teachers.0.blend_weight: no other teacher has its route_value", "teachers.1 has no blend_weight"),
+    ),
+    "a weight below 0": (
+        {"teachers__0__model": "a", "teachers__0__blend_weight": -1}, ("teachers.0.blend_weight=-1.0: expected",)
+    ),
+    "all weights 0": (
+        {"teachers__0__model": "a", "teachers__0__blend_weight": 0}, ("blend_weight is 0: nobody is left to ask",)
+    ),
+    "the name of the blend": (
+        {"teachers__0__model": "a", "teachers__0__blend_weight": 1, "teachers__0__route_value": "blend"},
+        ("teachers.0.route_value=blend",),
+    ),
     "substeps": ({"num_substeps": 7}, ("num_substeps=7: there are only 6 groups",)),
     "shorthand": ({"deepmath_groups_per_batch": 5}, ("use datasets.0.groups_per_batch",)),
     "template kwargs": (
@@ -298,3 +451,10 @@ def test_a_dry_run_says_who_judges_what(
     assert not (tmp_path / "run").exists()
     for part in ("datasets.1.name=two", f"12 rows are judged by {second}", f"teacher {teacher} parameters:"):
         assert part in out, out
+    del data[0]["teacher_model"]
+    both: dict[str, Any] = {"teachers__0__model": teacher, "teachers__1__model": second}
+    both |= {"teachers__0__blend_weight": 3, "teachers__1__blend_weight": 1}
+    run(tmp_path / "run", student, data[0], dry_run=True, **both)
+    out = capsys.readouterr().out
+    assert f"12 rows are judged by blend: 0.75 of {teacher}, 0.25 of {second}" in out
+    assert re.search(rf"{teacher} reads (\d+) tokens of this prompt, {second} reads \1 tokens", out)

@@ -16,7 +16,7 @@ from envs.types import Env, Episode, Message, Observation, Sampled, SamplingPara
 from errors import InfrastructureError, SamplerError, TeacherError
 from models.types import Signal, SignalKind, TeacherView, WeightSource
 from training import collect as module
-from training.collect import Collected, Teacher, collect
+from training.collect import Blend, Collected, Teacher, collect
 from training.metrics import StageTimer
 
 STOP = 1
@@ -231,6 +231,24 @@ async def test_failures_of_both_kinds_are_counted_apart():
     scorer = ScriptedScorer(bad=frozenset({30}))
     found = await collected([Row(n) for n in (20, 30)], ScriptedSampler(fails=lambda n, _: n == 20), scorer)
     assert found.flat == [] and found.dropped == {"sampler": 1, "teacher": 1} and found.attempts == 2
+
+
+async def test_every_teacher_of_a_blend_scores_every_episode_and_a_failure_of_one_drops_it_once():
+    big, small = ScriptedScorer(bad=frozenset({30})), ScriptedScorer(name="small", bad=frozenset({30, 50}))
+    members = {"big": teacher(big), "small": teacher(small)}
+    blend = Blend({"big": members["big"], "small": members["small"]}, (0.75, 0.25))
+    rows = [Row(n, teacher="both") for n in (20, 30, 40, 50)] + [Row(60, teacher="small")]
+    found = await collect(
+        rows, ScriptedSampler(), {**members, "both": blend}, SignalKind.SAMPLED,
+        temperature=1.0, seed=0, timer=StageTimer(),
+    )  # fmt: skip
+    assert numbers(found) == [[20], [], [40], [], [60]]
+    assert found.dropped == {"teacher": 2} and found.attempts == 5
+    for item in found.flat:
+        assert item.signal is not None and item.signal.logprobs is not None  # both said the same
+        expected = (-item.episode.token_ids[item.episode.sampled] / 100).tolist()
+        assert item.signal.logprobs.tolist() == pytest.approx(expected)
+        assert set(item.signal.opinions) == ({"big", "small"} if item.episode.teacher == "both" else set())
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("a bug"), KeyError("a bug")])

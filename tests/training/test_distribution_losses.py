@@ -276,8 +276,9 @@ def test_each_objective_needs_no_more_than_it_uses():
     assert JSD().need is SignalKind.FULL
     assert JSD(support="student_topk", top_k=5).need is SignalKind.FULL
     assert JSD(support="teacher_topk", top_k=5).need == TeacherTopK(5)
+    assert JSD(support="teacher_topk", top_k=5, tail="renormalise").need == TeacherTopK(5, renormalised=True)
     assert JSD(support="sampled").need is SignalKind.SAMPLED
-    assert TopKForwardKL(5).need == TeacherTopK(5)
+    assert TopKForwardKL(5).need == TeacherTopK(5, renormalised=True)
 
 
 @pytest.mark.parametrize(
