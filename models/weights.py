@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -28,8 +29,9 @@ class LMWeights:
         model.save_pretrained(folder, state_dict=self._state())  # type: ignore[union-attr]
 
     def save_adapter(self, folder: Path) -> None:
-        # else PEFT asks the hub whether the vocabulary has changed
-        self._lm.model.save_pretrained(folder, save_embedding_layers=False)
+        model: Any = self._lm.model
+        # Else PEFT asks the hub whether the vocabulary has changed, and saves the adapters of teachers on this base.
+        model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=[model.active_adapter])
 
     @torch.no_grad()
     def logprobs(self, token_ids: Sequence[int], temperature: float) -> list[float]:
@@ -50,7 +52,7 @@ class LMWeights:
             module, base, leaf = name.rpartition(".base_layer.")
             if base and leaf == "weight":
                 layer = adapted[module]
-                for adapter in layer.active_adapters:
+                for adapter in set(layer.active_adapters) & set(layer.lora_A):  # a teacher's may have a layer to itself
                     tensor = tensor.float() + layer.get_delta_weight(adapter).float()  # type: ignore[operator]
             # What is computed with: an engine has no use for the digits that only the optimizer sees.
             state[f"{module}.{leaf}" if base else name] = tensor.detach().to(self._lm.compute_dtype)

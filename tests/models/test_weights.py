@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from models.adapters import add_lora, add_twin, attach_adapter
 from models.causal_lm import CausalLM
-from models.loading import add_lora
 from models.weights import LMWeights
 
 IDS = [5, 9, 2, 44, 17, 3]
@@ -54,7 +55,7 @@ def test_an_adapter_is_merged_in_and_the_base_keeps_its_bits(tmp_path: Path):
     expected = torch.tensor(weights.logprobs(IDS, 1.0))
     merged = tiny.plain_logprobs(loaded(tmp_path / "merged"), IDS[:1], IDS[1:])
     torch.testing.assert_close(merged, expected, atol=1e-4, rtol=0)
-    plain = torch.tensor(LMWeights(lm.without_adapter()).logprobs(IDS, 1.0))
+    plain = torch.tensor(LMWeights(lm.with_adapter(None)).logprobs(IDS, 1.0))
     assert (plain - expected).abs().max() > 0.1, "the adapter must matter"
     assert all(torch.equal(weight, before[name]) for name, weight in lm.model.named_parameters())
 
@@ -65,6 +66,23 @@ def test_the_adapter_alone_on_the_base(tmp_path: Path):
     again = PeftModel.from_pretrained(tiny.model("llama"), tmp_path).eval()
     expected = torch.tensor(LMWeights(lm).logprobs(IDS, 1.0))
     torch.testing.assert_close(tiny.plain_logprobs(again, IDS[:1], IDS[1:]), expected, atol=1e-4, rtol=0)
+
+
+def test_teachers_on_the_same_base_are_left_out(tmp_path: Path):
+    lm, alone = with_lora(tiny.model("llama")), with_lora(tiny.model("llama"))
+    lm.model.load_state_dict(alone.model.state_dict())
+    add_twin(lm.model, "ema")  # type: ignore[arg-type]
+    everywhere = LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"], init_lora_weights=False)
+    get_peft_model(tiny.model("llama"), everywhere).save_pretrained(tmp_path / "teacher", save_embedding_layers=False)
+    attach_adapter(lm.model, str(tmp_path / "teacher"), "teacher0")
+    for name, expected in (("one", alone), ("shared", lm)):
+        LMWeights(expected).save_adapter(tmp_path / name)
+        LMWeights(expected).save(tmp_path / f"{name}-merged")
+    for kind in ("adapter_model", "model"):
+        folders = [tmp_path / (name if kind == "adapter_model" else f"{name}-merged") for name in ("one", "shared")]
+        one, shared = (load_file(folder / f"{kind}.safetensors") for folder in folders)
+        assert one.keys() == shared.keys() and all(torch.equal(one[name], shared[name]) for name in one)
+    assert [path.name for path in (tmp_path / "shared").iterdir() if path.is_dir()] == []
 
 
 def test_an_engine_in_bfloat16_gets_half_the_bytes(tmp_path: Path):
