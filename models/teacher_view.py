@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from envs.rendering import Renderer
 from envs.types import Episode
@@ -53,3 +56,11 @@ class ViewMaker:
             return sampled.tolist()
         a, b = self.swap
         return [b if token == a else a if token == b else token for token in sampled.tolist()]
+
+
+def exchanged(ids: Int[Tensor, "n k"], swap: tuple[int, int] | None) -> Int[Tensor, "n k"]:
+    """The teacher's ids as the student's: the two end-of-turn tokens trade places."""
+    if swap is None:
+        return ids
+    a, b = swap
+    return torch.where(ids == a, b, torch.where(ids == b, a, ids))

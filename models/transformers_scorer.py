@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from errors import TeacherError
 from models.causal_lm import CausalLM
 from models.device_thread import compute
+from models.teacher_view import exchanged
 from models.types import Signal, SignalKind, SignalSpec, TeacherTopK, TeacherView
 
 HEAD_ELEMENTS = 1 << 23  # logits held at a time: 32 MiB in float32
@@ -78,7 +79,7 @@ class TransformersScorer:
             return Signal(logprobs=torch.cat(logprobs), swap=view.swap)
         return Signal(
             logprobs=torch.cat(logprobs),
-            topk_ids=_exchanged(torch.cat(topk_ids), view.swap),
+            topk_ids=exchanged(torch.cat(topk_ids), view.swap),
             topk_logprobs=torch.cat(topk_logprobs),
             swap=view.swap,
         )
@@ -94,11 +95,3 @@ class TransformersScorer:
             tokens += len(view.token_ids)
         if pack:
             yield pack
-
-
-def _exchanged(ids: Int[Tensor, "n k"], swap: tuple[int, int] | None) -> Int[Tensor, "n k"]:
-    """The teacher's ids as the student's: the two end-of-turn tokens trade places."""
-    if swap is None:
-        return ids
-    a, b = swap
-    return torch.where(ids == a, b, torch.where(ids == b, a, ids))

@@ -17,10 +17,13 @@ from torch import Tensor
 
 from envs.types import Sampled, SamplingParams, StopCondition
 from errors import SamplerError, TeacherError
-from models.types import Sampler, Scorer, SignalKind, TeacherView, WeightSource
+from models.types import Sampler, Scorer, SignalKind, TeacherTopK, TeacherView, WeightSource
 
 Reference = Callable[[Sequence[int], Sequence[int], float], Tensor]
 """(prompt, answer, temperature) -> logprobs of the answer's ids, by a plain transformers forward."""
+
+Distribution = Callable[[Sequence[int], float], Tensor]
+"""(ids, temperature) -> [T - 1, v] logprobs of every id at the positions 1 … T-1, by a plain forward."""
 
 HANG_S = 60.0  # longer than this is a hang
 
@@ -280,6 +283,8 @@ class ScorerEngine:
     vocab_size: int
     reference: Reference
     tolerance: float = 1e-4
+    distribution: Distribution | None = None  # None: an engine that gives the sampled tokens' logprobs alone
+    gives_full: bool = True  # kind FULL too, where there is a distribution to compare with
 
     def views(self, count: int, *, longest: int = 30, seed: int = 0) -> list[TeacherView]:
         """Views of unlike lengths; about half of the positions are asked for."""
@@ -294,6 +299,12 @@ class ScorerEngine:
     def expected(self, view: TeacherView, temperature: float = 1.0) -> Tensor:
         of_all = self.reference(view.token_ids[:1].tolist(), view.token_ids[1:].tolist(), temperature)
         return of_all[torch.from_numpy(view.positions) - 1]
+
+    def rows(self, view: TeacherView, temperature: float) -> Tensor:
+        """[n, v] logprobs at the view's positions."""
+        if self.distribution is None:
+            pytest.skip("this engine gives the sampled tokens' logprobs alone")
+        return self.distribution(view.token_ids.tolist(), temperature)[torch.from_numpy(view.positions) - 1]
 
 
 @pytest.mark.anyio
@@ -349,3 +360,57 @@ class ScorerSuite:
         view = TeacherView(np.array([1, 2, engine.vocab_size]), np.array([1]), np.array([1]))
         with pytest.raises(TeacherError, match=str(engine.vocab_size)):
             await engine.make(1.0).score([view], SignalKind.SAMPLED)
+
+    @pytest.mark.parametrize("temperature", [0.7, 1.0])
+    async def test_the_top_k_are_the_likeliest_of_the_whole_distribution(
+        self, engine: ScorerEngine, temperature: float
+    ):
+        views = engine.views(6, seed=1)
+        expected = [engine.rows(view, temperature) for view in views]
+        signals = await engine.make(temperature).score(views, TeacherTopK(5))
+        for view, signal, rows in zip(views, signals, expected, strict=True):
+            assert signal.topk_ids is not None and signal.topk_logprobs is not None
+            assert signal.topk_ids.shape == (len(view.positions), 5) and signal.topk_ids.dtype == torch.int64
+            close = dict(atol=engine.tolerance, rtol=0)
+            torch.testing.assert_close(signal.topk_logprobs, rows.topk(5).values, **close)
+            torch.testing.assert_close(signal.topk_logprobs, rows.gather(1, signal.topk_ids), **close)
+            torch.testing.assert_close(signal.logprobs, engine.expected(view, temperature), **close)
+
+    async def test_top_k_ids_are_the_students(self, engine: ScorerEngine):
+        view = TeacherView(np.array([1, 2, 3, 4]), np.array([1, 3]), np.array([1, 3]))
+        likeliest = engine.rows(view, 1.0).topk(2).indices[0].tolist()
+        swapped = TeacherView(view.token_ids, view.positions, view.student_positions, swap=tuple(likeliest))
+        (plain,), (signal,) = [await engine.make(1.0).score([v], TeacherTopK(2)) for v in (view, swapped)]
+        assert plain.topk_ids is not None and signal.topk_ids is not None
+        assert signal.topk_ids[0].tolist() == plain.topk_ids[0].tolist()[::-1] == likeliest[::-1]
+
+    @pytest.mark.parametrize("temperature", [0.7, 1.0])
+    async def test_hidden_states_and_head_make_the_whole_distribution(self, engine: ScorerEngine, temperature: float):
+        views = engine.views(6, seed=2)
+        expected = [engine.rows(view, temperature) for view in views]
+        if not engine.gives_full:
+            pytest.skip("this engine gives no hidden states")
+        scorer = engine.make(temperature)
+        signals = [*await scorer.score(views[:4], SignalKind.FULL), *await scorer.score(views[4:], SignalKind.FULL)]
+        for signal, rows in zip(signals, expected, strict=True):
+            assert signal.head is not None and signal.hidden is not None
+            logprobs = signal.head(signal.hidden).log_softmax(-1)
+            torch.testing.assert_close(logprobs, rows, atol=engine.tolerance, rtol=0)
+        assert len({signal.head for signal in signals}) == 1, "the learner takes signals of one head together"
+
+    async def test_an_id_that_the_teacher_lacks_takes_no_neighbour_with_it(self, engine: ScorerEngine):
+        (good,) = engine.views(1, seed=3)
+        bad = TeacherView(np.array([1, 2, engine.vocab_size]), np.array([1]), np.array([1]))
+        scorer, failed, answers = engine.make(1.0), [], []
+
+        async def one(view: TeacherView) -> None:
+            try:
+                answers.extend(await scorer.score([view], SignalKind.SAMPLED))
+            except TeacherError:
+                failed.append(view)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(one, bad)
+            tasks.start_soon(one, good)
+        assert failed == [bad] and len(answers) == 1
+        torch.testing.assert_close(answers[0].logprobs, engine.expected(good), atol=engine.tolerance, rtol=0)

@@ -82,6 +82,7 @@ class TestScorer(conformance.ScorerSuite):
             make=lambda temperature: TransformersScorer("t", lm, temperature=temperature, token_budget=24),
             vocab_size=tiny.VOCAB,
             reference=lambda prompt, answer, temperature: tiny.plain_logprobs(model, prompt, answer, temperature),
+            distribution=lambda ids, temperature: tiny.plain_distribution(model, ids, temperature),
         )
 
 

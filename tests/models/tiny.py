@@ -114,6 +114,11 @@ def plain_logprobs(model: Any, prompt: Sequence[int], answer: Sequence[int], tem
     return (logits / temperature).log_softmax(-1).gather(1, torch.tensor(list(answer))[:, None])[:, 0]
 
 
+def plain_distribution(model: Any, ids: Sequence[int], temperature: float = 1.0) -> Tensor:
+    """`[T - 1, v]` log-probabilities of every id at the positions 1 … T-1."""
+    return (plain_logits(model, ids)[:-1] / temperature).log_softmax(-1)
+
+
 def greedy(model: Any, prompt: Sequence[int], tokens: int) -> list[int]:
     """transformers' own greedy continuation."""
     ids = torch.tensor([list(prompt)])

@@ -1,0 +1,285 @@
+"""A `Scorer` whose teacher is a `python -m recipes.serve_teacher` somewhere else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import TypeVar
+
+import anyio
+import anyio.to_thread
+import numpy as np
+import torch
+from httpx2 import AsyncClient
+
+from errors import ConfigError, TeacherError
+from models.teacher_service import head as heads
+from models.teacher_service.connection import Answer, Connection, sentence
+from models.teacher_service.head import AtTemperature, LinearHead, from_raw
+from models.teacher_service.messages import (
+    SERVICE,
+    HeadFields,
+    HiddenDtype,
+    ModelInfo,
+    Reading,
+    RequestFields,
+    ScoreAnswer,
+    ScoreRequest,
+    ServiceInfo,
+    answer_bytes,
+    decode_answer,
+    decode_head,
+    encode_request,
+    parse_info,
+)
+from models.teacher_service.wire import OVERHEAD_BYTES, VERSION, Refused
+from models.teacher_view import exchanged
+from models.types import Signal, SignalKind, SignalSpec, TeacherTopK, TeacherView
+
+INFO_BYTES = 1 << 20
+REQUEST_TOKENS = 8192  # of one request: some are on their way while others are scored
+HEAD_PIECE_BYTES = 16 << 20
+T = TypeVar("T")
+
+
+async def describe(url: str, token: str | None = None, *, wait_s: float = 10.0) -> ServiceInfo | None:
+    """What the service at `url` says of itself; None if something else answers there, such as `vllm serve`.
+
+    A service that is still starting is waited for. Raises `ConfigError` for a token that is refused and for another
+    version, `TeacherError` where nothing answers."""
+    connection = Connection(url, token, wait_s=wait_s, deadline_s=wait_s + 20)
+    async with connection.open() as client:
+        answer = await connection.ask(client, "GET", "/info", max_bytes=INFO_BYTES)
+    if not answer.ours:
+        return None
+    if answer.status in (401, 403):
+        raise ConfigError(f"{url} is a Protege teacher and refuses: {sentence(answer.body)}")
+    try:
+        says = json.loads(bytes(answer.body))
+        if says["service"] != SERVICE or says["version"] != VERSION:
+            raise ConfigError(
+                f"{url} is {says['service']} version {says['version']}, this side is {SERVICE} version {VERSION}: "
+                "install the same Protege on both"
+            )
+        return parse_info(bytes(answer.body))
+    except (ValueError, KeyError, TypeError, Refused) as error:
+        raise TeacherError(f"{url} says of itself what cannot be understood: {sentence(answer.body)}") from error
+
+
+class RemoteScorer:
+    """`Scorer` on a model of a service. Signals of kind FULL bring the teacher's hidden states, `hidden_dtype` wide,
+    and one head for all of them, fetched once, which computes on `device`.
+
+    The service must answer with the weights that `model` was described with, and with those that answered first.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        url: str,
+        service: ServiceInfo,
+        model: str,
+        *,
+        temperature: float = 1.0,
+        token: str | None = None,
+        hidden_dtype: HiddenDtype = "bfloat16",
+        device: torch.device | str = "cpu",
+        concurrency: int = 4,
+        wait_s: float = 120.0,
+        deadline_s: float = 900.0,
+    ) -> None:
+        self.name = name
+        self.temperature = temperature
+        self.model = find_model(service, model, url)
+        self._limits = service.limits
+        self._connection = Connection(url, token, wait_s=wait_s, deadline_s=deadline_s)
+        self._hidden_dtype: HiddenDtype = hidden_dtype
+        self._device = torch.device(device)
+        self._free = anyio.Semaphore(concurrency)
+        self._head_lock = anyio.Lock()
+        self._head: AtTemperature | None = None
+        self._head_digest: str | None = None
+        self._loaded: str | None = None  # what the first answer said of the weights that computed it
+
+    async def score(self, views: Sequence[TeacherView], need: SignalSpec) -> list[Signal]:
+        """One signal per view, in order. Raises `TeacherError`."""
+        if need is SignalKind.NONE:
+            raise TeacherError(f"teacher {self.name} was asked for nothing")
+        fields = self._fields(need)
+        async with self._connection.open() as client:
+            if need is SignalKind.FULL:
+                await self._fetch_head(client)
+
+            async def one(some: Sequence[TeacherView]) -> list[Signal]:
+                async with self._free:
+                    return await self._score_request(client, some, fields)
+
+            found = await _all([lambda some=some: one(some) for some in self._requests(views, fields)])
+        return [signal for signals in found for signal in signals]
+
+    def _fields(self, need: SignalSpec) -> RequestFields:
+        common = {"model": self.model.name, "weights": self.model.weights, "temperature": float(self.temperature)}
+        if isinstance(need, TeacherTopK):
+            return RequestFields(need="topk", k=min(need.k, self.model.vocab_size), **common)  # type: ignore[arg-type]
+        if need is SignalKind.FULL:
+            return RequestFields(need="full", hidden_dtype=self._hidden_dtype, **common)  # type: ignore[arg-type]
+        return RequestFields(need="sampled", **common)  # type: ignore[arg-type]
+
+    def _requests(self, views: Sequence[TeacherView], fields: RequestFields) -> Iterator[list[TeacherView]]:
+        """Views for one request each: as many as fit into its tokens and its answer, but at least one."""
+        some: list[TeacherView] = []
+        most = min(REQUEST_TOKENS, self._limits.request_tokens)
+        for view in views:
+            both = [*some, view]
+            size = self._answer_bytes(fields, sum(len(v.positions) for v in both))
+            if some and (sum(len(v.token_ids) for v in both) > most or size > self._limits.answer_bytes):
+                yield some
+                some = []
+            some = [*some, view]
+        if some:
+            yield some
+
+    def _answer_bytes(self, fields: RequestFields, scored: int) -> int:
+        model = self.model
+        return answer_bytes(fields, scored, hidden_size=model.hidden_size, vocab_size=model.vocab_size)
+
+    async def _score_request(
+        self, client: AsyncClient, views: Sequence[TeacherView], fields: RequestFields
+    ) -> list[Signal]:
+        # A view may name a position twice or in any order; the wire knows a set of them.
+        distinct = [np.unique(view.positions, return_inverse=True) for view in views]
+        readings = [Reading(view.token_ids, where) for view, (where, _) in zip(views, distinct, strict=True)]
+        request = ScoreRequest(fields, readings)
+        answer = await self._connection.ask(
+            client,
+            "POST",
+            "/score",
+            content=encode_request(request),
+            max_bytes=OVERHEAD_BYTES + 64 * 3 + self._answer_bytes(fields, request.scored),
+        )
+        model = self.model
+        found = self._understood(
+            answer,
+            lambda body: decode_answer(body, request, hidden_size=model.hidden_size, vocab_size=model.vocab_size),
+        )
+        self._check_weights(found.fields.weights, found.fields.loaded)
+        if fields.need == "full" and found.fields.head != self._head_digest:
+            raise TeacherError(f"teacher {self.name}: the hidden states belong to another head than the one fetched")
+        signals, start = [], 0
+        for view, (where, order) in zip(views, distinct, strict=True):
+            signals.append(self._signal(found, slice(start, start + len(where)), order, view))
+            start += len(where)
+        return signals
+
+    def _signal(self, answer: ScoreAnswer, rows: slice, order: np.ndarray, view: TeacherView) -> Signal:
+        in_order = np.array_equal(order, np.arange(len(order)))
+        values = {
+            name: from_raw(array[rows] if in_order else array[rows][order]) for name, array in answer.arrays.items()
+        }
+        try:
+            if "hidden" in values:
+                return Signal(hidden=values["hidden"], head=self._head, swap=view.swap)
+            ids = values.get("topk_ids")
+            return Signal(
+                logprobs=values["logprobs"],
+                topk_ids=None if ids is None else exchanged(ids.long(), view.swap),
+                topk_logprobs=values.get("topk_logprobs"),
+                swap=view.swap,
+            )
+        except ValueError as error:
+            raise TeacherError(f"teacher {self.name} gave a signal that is none: {error}") from error
+
+    # --- the head
+
+    async def _fetch_head(self, client: AsyncClient) -> None:
+        """Once: from the cache if it is there, else in pieces."""
+        async with self._head_lock:
+            if self._head is None:
+                fields, _ = await self._head_piece(client, 0, 0)
+                head = await anyio.to_thread.run_sync(heads.load_cached, fields.digest)
+                if head is None:
+                    head = await self._download(client, fields)
+                    if await anyio.to_thread.run_sync(head.digest) != fields.digest:
+                        raise TeacherError(f"teacher {self.name}: its head did not arrive as it was sent")
+                    await anyio.to_thread.run_sync(heads.keep, head, fields.digest)
+                bias = None if head.bias is None else head.bias.to(self._device)
+                moved = LinearHead(head.weight.to(self._device), bias, head.scale, head.softcap)
+                self._head, self._head_digest = AtTemperature(moved, self.temperature), fields.digest
+
+    async def _download(self, client: AsyncClient, fields: HeadFields) -> LinearHead:
+        dtype = getattr(torch, fields.dtype)
+        weight = torch.empty(fields.rows, fields.width, dtype=dtype)
+        bias = torch.empty(fields.rows, dtype=dtype) if fields.has_bias else None
+        step = max(1, min(HEAD_PIECE_BYTES, self._limits.answer_bytes) // ((fields.width + 1) * dtype.itemsize))
+        for start in range(0, fields.rows, step):
+            end = min(start + step, fields.rows)
+            piece, arrays = await self._head_piece(client, start, end - start)
+            if piece != fields:
+                raise TeacherError(f"teacher {self.name}: its head changed while it was fetched")
+            weight[start:end] = from_raw(arrays["weight"])
+            if bias is not None:
+                bias[start:end] = from_raw(arrays["bias"])
+        return LinearHead(weight, bias, fields.scale, fields.softcap)
+
+    async def _head_piece(self, client: AsyncClient, start: int, rows: int) -> tuple[HeadFields, dict[str, np.ndarray]]:
+        size = 4 * rows * (self.model.hidden_size + 1)
+        params = {"model": self.model.name, "weights": self.model.weights, "start": str(start), "rows": str(rows)}
+        answer = await self._connection.ask(
+            client, "GET", "/head", params=params, max_bytes=OVERHEAD_BYTES + 64 * 2 + size
+        )
+        fields, arrays = self._understood(answer, lambda body: decode_head(body, rows=rows, max_bytes=size))
+        self._check_weights(fields.weights, fields.loaded)
+        if fields.width != self.model.hidden_size:
+            raise TeacherError(f"teacher {self.name}: its head is {fields.width} wide, not {self.model.hidden_size}")
+        return fields, arrays
+
+    # --- what comes back
+
+    def _understood(self, answer: Answer, decode: Callable[[bytearray], T]) -> T:
+        if answer.status != 200:
+            raise TeacherError(f"teacher {self.name} at {self._connection.url}: {sentence(answer.body)}")
+        try:
+            return decode(answer.body)
+        except Refused as error:
+            raise TeacherError(
+                f"teacher {self.name} at {self._connection.url} gave no valid answer: {error}"
+            ) from error
+
+    def _check_weights(self, weights: str, loaded: str) -> None:
+        self._loaded = self._loaded or loaded
+        if weights != self.model.weights or loaded != self._loaded:
+            raise TeacherError(
+                f"teacher {self.name}: the weights behind {self._connection.url} have changed since this run began. "
+                "Serve the old ones again, or start a new run"
+            )
+
+
+def find_model(service: ServiceInfo, name: str | None, url: str) -> ModelInfo:
+    """The model of that name, or the only one there is. Raises `ConfigError`."""
+    if name is None and len(service.models) == 1:
+        return service.models[0]
+    for model in service.models:
+        if model.name == name:
+            return model
+    there = ", ".join(model.name for model in service.models)
+    raise ConfigError(f"{url} serves {there}" + (f", not {name}" if name else ": say which"))
+
+
+async def _all(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
+    """Results in order. The first error cancels the rest and is raised as it is, not in a group."""
+    found: dict[int, T] = {}
+    failed: list[TeacherError] = []
+
+    async def one(i: int, call: Callable[[], Awaitable[T]]) -> None:
+        try:
+            found[i] = await call()
+        except TeacherError as error:
+            failed.append(error)
+            tasks.cancel_scope.cancel()
+
+    async with anyio.create_task_group() as tasks:
+        for i, call in enumerate(calls):
+            tasks.start_soon(one, i, call)
+    if failed:
+        raise failed[0]
+    return [found[i] for i in range(len(calls))]

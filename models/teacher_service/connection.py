@@ -1,0 +1,141 @@
+"""Requests to a service until they are answered: what is safe is tried again, and everything ends in time."""
+
+from __future__ import annotations
+
+import random
+import ssl
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+from urllib.parse import urlsplit
+
+import anyio
+import httpx2
+
+from errors import ConfigError, TeacherError
+from models.teacher_service.gate import LOOPBACK_NAMES, MARK
+from models.teacher_service.wire import MEDIA_TYPE
+
+CONNECT_S = 10.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 10.0
+_AFTER_SILENCE_S = 30.0
+_TRY_AGAIN = frozenset({408, 429, 502, 503, 504})
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    ours: bool  # it came from a Protege teacher, not from something else at that address
+    body: bytearray
+
+
+class Connection:
+    """One service, as one client sees it. Scoring changes nothing there, so any request may be sent again.
+
+    `wait_s` is how long a service that cannot be reached, as one that restarts, is waited for; `deadline_s` is how long
+    a request may take in all. A service that used up one of them is given little time until it has answered again, so
+    that a run with many requests left hears of it once and not once for each.
+    """
+
+    def __init__(self, url: str, token: str | None, *, wait_s: float, deadline_s: float) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(f"{url}: expected http://HOST:PORT or https://HOST:PORT")
+        if parts.username or parts.password:
+            raise ConfigError("a teacher's URL holds no user or password: give the token by file or environment")
+        self.url = url.rstrip("/")
+        self._token = token
+        self._wait_s, self._deadline_s = wait_s, deadline_s
+        self._unreachable_since: float | None = None
+        self._was_silent = False
+        # What the environment says of proxies is not for this machine's own addresses.
+        self._trust_env = f"[{parts.hostname}]" not in LOOPBACK_NAMES and parts.hostname not in LOOPBACK_NAMES
+
+    @cached_property
+    def _tls(self) -> ssl.SSLContext | bool:
+        """Made once: reading the system's certificates takes longer than a request. Plain HTTP needs none."""
+        return httpx2.create_ssl_context() if self.url.startswith("https:") else False
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[httpx2.AsyncClient]:
+        """Connections for some requests. They are of this event loop, and closed when the block ends."""
+        headers = {} if self._token is None else {"authorization": f"Bearer {self._token}"}
+        timeout = httpx2.Timeout(self._deadline_s, connect=CONNECT_S)
+        async with httpx2.AsyncClient(
+            headers=headers, timeout=timeout, verify=self._tls, trust_env=self._trust_env, follow_redirects=False
+        ) as client:
+            yield client
+
+    async def ask(
+        self,
+        client: httpx2.AsyncClient,
+        method: str,
+        path: str,
+        *,
+        max_bytes: int,
+        content: bytes | None = None,
+        params: Mapping[str, str] | None = None,
+    ) -> Answer:
+        """The first answer that is not a request to come back later. Raises `TeacherError`."""
+        limit_s = min(self._deadline_s, _AFTER_SILENCE_S) if self._was_silent else self._deadline_s
+        ends, pause_s, problem = time.monotonic() + limit_s, _FIRST_PAUSE_S, "no answer"
+        while True:
+            try:
+                with anyio.fail_after(max(0.0, ends - time.monotonic())):
+                    answer, retry_after_s = await self._once(client, method, path, max_bytes, content, params)
+            except TimeoutError:
+                self._was_silent = True
+                raise TeacherError(f"{self.url} did not answer within {limit_s:g} s ({problem})") from None
+            except httpx2.TransportError as error:
+                problem = f"{type(error).__name__}: {error}"[:200].rstrip(": ")
+                now = time.monotonic()
+                self._unreachable_since = self._unreachable_since or now
+                if now + pause_s > min(ends, self._unreachable_since + self._wait_s):
+                    raise TeacherError(
+                        f"{self.url} cannot be reached, and was waited for {now - self._unreachable_since:.0f} s "
+                        f"({problem}). Start the service again, and the same command goes on from the last checkpoint"
+                    ) from error
+                retry_after_s = 0.0
+            else:
+                self._unreachable_since = None
+                if answer.status not in _TRY_AGAIN:
+                    self._was_silent = False
+                    return answer
+                problem = f"status {answer.status}: {sentence(answer.body)}"
+                if time.monotonic() + max(pause_s, retry_after_s) > ends:
+                    raise TeacherError(f"{self.url} was busy for {limit_s:g} s ({problem})")
+            await anyio.sleep(max(retry_after_s, pause_s) * random.uniform(0.8, 1.2))
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    async def _once(
+        self,
+        client: httpx2.AsyncClient,
+        method: str,
+        path: str,
+        max_bytes: int,
+        content: bytes | None,
+        params: Mapping[str, str] | None,
+    ) -> tuple[Answer, float]:
+        headers = {"content-type": MEDIA_TYPE, "accept-encoding": "identity"} if content is not None else {}
+        request: Any = client.stream(method, self.url + path, content=content, params=params, headers=headers)
+        async with request as response:
+            body = bytearray()
+            async for piece in response.aiter_raw():
+                if len(body) + len(piece) > max_bytes:
+                    raise TeacherError(f"{self.url} answers more than the {max_bytes} bytes that were asked for")
+                body += piece
+            wait = response.headers.get("retry-after", "0")
+            retry_after_s = float(min(int(wait), 60)) if wait.isdecimal() else 0.0
+            return Answer(response.status_code, MARK.decode() in response.headers, body), retry_after_s
+
+
+def sentence(body: bytearray) -> str:
+    """What a refusal says, as one short line."""
+    try:
+        text = httpx2.Response(200, content=bytes(body[:2000])).json()["error"]
+    except (ValueError, KeyError, TypeError):
+        text = body[:300].decode("utf-8", "replace")
+    return " ".join("".join(c if c.isprintable() else " " for c in str(text)[:300]).split())

@@ -1,0 +1,131 @@
+"""A language-model head as plain data, so that it can be sent once and applied elsewhere, and where clients keep it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from errors import ModelError
+from models.causal_lm import CausalLM, largest_kl
+
+_HASHED_BYTES = 16 << 20  # at a time, copied from the device
+_EXACT = 1e-6  # nats, between a head taken out of its model and the model's own logits
+
+
+@dataclass(frozen=True, eq=False)
+class LinearHead:
+    """A linear layer, then a factor, then a soft cap: what `CausalLM.logits` computes. Never equal to another."""
+
+    weight: Float[Tensor, "v h"]
+    bias: Float[Tensor, " v"] | None
+    scale: float
+    softcap: float | None
+
+    def logits(self, hidden: Float[Tensor, "n h"]) -> Float[Tensor, "n v"]:
+        """float32, on the weights' device."""
+        logits = F.linear(hidden.to(self.weight.device, self.weight.dtype), self.weight, self.bias).float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+    def digest(self) -> str:
+        """sha256 of the values, computed where they lie, a piece at a time."""
+        digest = hashlib.sha256(repr((*self.weight.shape, self.scale, self.softcap)).encode())
+        for tensor in (self.weight,) if self.bias is None else (self.weight, self.bias):
+            digest.update(str(tensor.dtype).encode())
+            step = max(1, _HASHED_BYTES // (tensor[0].numel() * tensor.element_size()))
+            for start in range(0, len(tensor), step):
+                digest.update(raw(tensor[start : start + step]).data)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class AtTemperature:
+    """A `Head`: one object for every signal of a teacher, by which the learner knows them as one."""
+
+    head: LinearHead
+    temperature: float
+
+    def __call__(self, hidden: Float[Tensor, "n h"]) -> Float[Tensor, "n v"]:
+        return self.head.logits(hidden) / self.temperature
+
+
+@torch.no_grad()
+def take_head(lm: CausalLM) -> LinearHead:
+    """The head of a model, sharing its memory. Raises `ModelError` where it is more than a linear layer."""
+    layer = lm.model.get_output_embeddings()
+    weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
+    if not isinstance(weight, Tensor) or weight.dtype not in (torch.float32, torch.bfloat16):
+        raise ModelError(f"{type(layer).__name__}: the head is not a linear layer in float32 or bfloat16")
+    head = LinearHead(weight.detach(), None if bias is None else bias.detach(), lm.head_scale, lm.head_softcap)
+    probe = torch.randn(8, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    gap = largest_kl(head.logits(probe).log_softmax(-1), lm.logits(probe).log_softmax(-1))
+    if not gap <= _EXACT:
+        raise ModelError(f"{type(layer).__name__}: the head does more than a linear layer (KL {gap:.3g})")
+    return head
+
+
+def raw(tensor: Tensor) -> np.ndarray:
+    """The tensor's values in host memory, bfloat16 as uint16."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
+def from_raw(array: np.ndarray) -> Tensor:
+    """The reverse; shares the array's memory, which must be writable."""
+    if array.dtype == np.uint16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+# --- the cache of clients
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("PROTEGE_CACHE", "~/.cache/protege")).expanduser() / "heads"
+
+
+def load_cached(digest: str) -> LinearHead | None:
+    """The head of that digest, None where it is not kept, or no longer what it was."""
+    path = _path(digest)
+    try:
+        with safe_open(path, framework="pt") as file:
+            kept = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        softcap = float(kept["softcap"]) if "softcap" in kept else None
+        head = LinearHead(tensors["weight"], tensors.get("bias"), float(kept["scale"]), softcap)
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None
+    return head if head.digest() == digest else None
+
+
+def keep(head: LinearHead, digest: str) -> None:
+    """Best effort: a full disk costs the next run a download, not this one its teacher."""
+    path = _path(digest)
+    tensors = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
+    metadata = {"scale": repr(head.scale)} | ({} if head.softcap is None else {"softcap": repr(head.softcap)})
+    with suppress(OSError, SafetensorError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tmp-", ignore_cleanup_errors=True) as temporary:
+            save_file(tensors, Path(temporary, "head"), metadata)
+            Path(temporary, "head").replace(path)
+
+
+def _path(digest: str) -> Path:
+    if not digest.isalnum():
+        raise ValueError(f"{digest!r} is no digest")
+    return cache_folder() / f"{digest}.safetensors"
