@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,8 @@ from envs.rendering import Renderer
 from envs.text_encoding import Literals, TextEncoder
 from envs.types import Env, Episode, Message, StopReason, Turn
 from errors import DataError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,19 @@ class GivenGroupBuilder:
 
     async def cleanup(self) -> None:
         pass
+
+
+def answered(rows: Sequence[Row], *, strict: bool, why: str) -> list[Row]:
+    """The rows that have a completion. Others are left out with a warning, or if `strict` refused. Raises `DataError`,
+    also if none is left; `why` says what completions are for."""
+    found = [row for row in rows if row.completion is not None]
+    missing = next((row for row in rows if row.completion is None), None)
+    if missing is not None and (strict or not found):
+        raise DataError(f"{missing.row_id}: has no completion, {why}")
+    if missing is not None:
+        gone = len(rows) - len(found)
+        logger.warning("left out %d rows without a completion, the first is %s", gone, missing.row_id)
+    return found
 
 
 def answer_ids(renderer: Renderer, text: str) -> list[int]:
@@ -78,3 +94,16 @@ def given_answer(row: Row, renderer: Renderer, *, dataset: str, teacher: str, ma
         turns=(Turn(len(prompt), len(ids)),),
         stop_reason=StopReason.COMPLETED if len(ids) == len(prompt) + len(answer) else StopReason.MAX_TOKENS,
     )
+
+
+def given_builder(
+    renderer: Renderer, dataset: str, teacher_of: Callable[[Row], str], *, max_tokens: int
+) -> Callable[[Row], GivenGroupBuilder]:
+    """How a row's completion becomes an episode in place of attempts, cut off where an attempt would be."""
+
+    def builder(row: Row) -> GivenGroupBuilder:
+        teacher, longest = teacher_of(row), len(renderer.prompt(row.messages)) + max_tokens
+        episode = given_answer(row, renderer, dataset=dataset, teacher=teacher, max_length=longest)
+        return GivenGroupBuilder(dataset, row.row_id, teacher, row.teacher_messages, (episode,))
+
+    return builder

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import chz
 
+from envs.datasets import Dataset
+from envs.given import answered
 from errors import ConfigError
 from models.checks import common_temperature
 from recipes.student_config import StudentConfig, check_at_least, check_positive, json_object
@@ -68,6 +70,12 @@ class OnPolicyConfig(StudentConfig):
     # sampling
     temperature: float = chz.field(default=1.0, doc="of sampling, and of every logprob that is compared")
 
+    # given answers
+    lmbda: float = chz.field(
+        default=1.0,
+        doc="probability that a prompt's group is sampled; else it is the row's completion. Not for reverse_kl",
+    )
+
     # steps and evaluation
     num_substeps: int = chz.field(default=1, doc="optimizer steps per batch of episodes")
     eval_samples: int = chz.field(default=1, doc="sampled attempts per held-out row (KL, sampled accuracy)")
@@ -85,11 +93,28 @@ class OnPolicyConfig(StudentConfig):
             raise ConfigError(f"max_dropped_fraction={self.max_dropped_fraction}: expected 0 to 1")
         self.make_objective()
         self.comparison_temperature()
+        self._check_lmbda()
         if self.teacher_ema_decay is not None and all(spec.ema_decay is None for spec in self.teacher_specs()):
             raise ConfigError(
                 f"teacher_ema_decay={self.teacher_ema_decay} is for a teacher that is the student's average: "
                 f"set teacher_model={EMA} as well, or leave it out"
             )
+
+    def _check_lmbda(self) -> None:
+        if not 0 <= self.lmbda <= 1:
+            raise ConfigError(f"lmbda={self.lmbda}: expected a probability, from 0 to 1")
+        if self.lmbda < 1 and self.objective == "reverse_kl":
+            raise ConfigError(
+                f"lmbda={self.lmbda}: objective=reverse_kl is a policy gradient on what the student samples: it has "
+                "no meaning on given answers. Use objective=jsd or objective=topk_forward_kl, or lmbda=1"
+            )
+
+    def answered(self, data: Dataset, *, strict: bool) -> Dataset:
+        """What can be trained on: with `lmbda` below 1, the rows that have a completion. Raises `DataError`."""
+        if self.lmbda == 1:
+            return data
+        why = f"which lmbda={self.lmbda} may train on. Give it one, or set lmbda=1"
+        return replace(data, train=answered(data.train, strict=strict, why=why))
 
     # --- what the options turn into
 
@@ -125,6 +150,7 @@ class OnPolicyConfig(StudentConfig):
             temperature=self.comparison_temperature(),
             eval_samples=self.eval_samples,
             max_dropped_fraction=self.max_dropped_fraction,
+            lmbda=self.lmbda,
             train=not self.rollouts_only,
         )
 

@@ -10,10 +10,8 @@ The same command goes on where it was stopped.
 
 from __future__ import annotations
 
-import logging
 import re
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,9 +19,9 @@ from typing import Any, Literal
 import chz
 
 from envs.datasets import Cursor, Dataset, Row
-from envs.given import GivenEpisode, GivenGroupBuilder, given_answer
+from envs.given import GivenEpisode, GivenGroupBuilder, answered, given_answer
 from envs.sources import NAMES, load_dataset_rows, locate
-from errors import ConfigError, DataError
+from errors import ConfigError
 from recipes import setup
 from recipes.cli import run_cli
 from recipes.on_policy_distillation import eval_size_of_file
@@ -32,8 +30,6 @@ from recipes.training_run import TrainingRun, print_dry_run, train
 from training.loop import DatasetPlan, LoopConfig
 from training.objectives import SFT
 from training.trackers import check_trackers
-
-logger = logging.getLogger(__name__)
 
 GIVEN = "given"
 """Who is named as the teacher of an answer that a dataset gives."""
@@ -125,9 +121,12 @@ def check(config: Config) -> Checked:
         config.dataset, config.dataset_path, eval_size=config.eval_size, seed=config.seed, max_rows=config.max_rows
     )
     strict = config.dataset not in NAMES  # a user's own file is not thinned out without a word
-    data = replace(data, train=_answered(data.train, strict), test=_answered(data.test, strict))
-    if not data.train:
-        raise DataError(f"{data.name}: no row has a completion, which is what there is to learn")
+    why = "which is what there is to learn"
+    data = replace(
+        data,
+        train=answered(data.train, strict=strict, why=why),
+        test=answered(data.test, strict=strict, why=why) if data.test else [],
+    )
     models = setup.check_models(config)
     longest = min(config.max_length, models.context_length or config.max_length)
     data = setup.check_prompt_lengths(
@@ -153,18 +152,6 @@ def _check_generation(config: Config, data: Dataset, models: setup.CheckedModels
             f"max_tokens={config.max_tokens}: the student's context is {models.context_length} tokens, and held-out "
             f"prompts have up to {longest}. Lower it, or set eval_size=0"
         )
-
-
-def _answered(rows: Sequence[Row], strict: bool) -> list[Row]:
-    answered = [row for row in rows if row.completion is not None]
-    if len(answered) < len(rows):
-        first = next(row for row in rows if row.completion is None)
-        if strict:
-            raise DataError(f"{first.row_id}: has no completion, which is what there is to learn")
-        logger.warning(
-            "left out %d rows without a completion, the first is %s", len(rows) - len(answered), first.row_id
-        )
-    return answered
 
 
 def main(config: Config) -> None:

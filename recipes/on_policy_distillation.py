@@ -19,8 +19,9 @@ from typing import Any, Literal
 import chz
 
 from envs.datasets import Cursor, Dataset, Row
+from envs.given import given_builder
 from envs.rendering import Renderer
-from envs.sources import load_dataset_rows, locate
+from envs.sources import NAMES, load_dataset_rows, locate
 from errors import ConfigError, DataError
 from recipes import setup
 from recipes.cli import run_cli
@@ -155,6 +156,7 @@ def check(config: Config) -> Checked:
     data = load_dataset_rows(
         config.dataset, config.dataset_path, eval_size=config.eval_size, seed=config.seed, max_rows=config.max_rows
     )
+    data = config.answered(data, strict=config.dataset not in NAMES)
     for row in (*data.train, *data.test):
         if row.teacher not in (None, config.teacher_model):
             raise DataError(
@@ -201,6 +203,7 @@ def training_run(config: Config, checked: Checked) -> TrainingRun:
             group_size=config.group_size,
             max_tokens=config.max_tokens,
         ),
+        given=given_builder(models.student_renderer, data.name, teacher_of, max_tokens=config.max_tokens),
     )
     return TrainingRun(
         path=log_path(config),

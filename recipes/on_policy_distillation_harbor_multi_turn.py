@@ -67,6 +67,8 @@ class Config(HarborOptions, TrainConfig):
             raise ConfigError(
                 f"num_substeps={self.num_substeps}: there are only {self.groups_per_batch} groups to split"
             )
+        if self.lmbda != 1:
+            raise ConfigError(f"lmbda={self.lmbda}: tasks have no given answers; leave it out")
         if self.eval_size and not self.eval_samples:
             raise ConfigError("eval_samples=0: held-out tasks are attempted by sampling. Leave out eval_size instead")
 

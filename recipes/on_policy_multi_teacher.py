@@ -28,6 +28,7 @@ from typing import Any, Literal
 import chz
 
 from envs.datasets import Cursor, Dataset, Row
+from envs.given import given_builder
 from envs.rollout import derive_seed
 from envs.sources import NAMES, Routing, load_dataset_rows, locate
 from errors import ConfigError
@@ -35,7 +36,7 @@ from recipes import blends, setup
 from recipes.cli import run_cli
 from recipes.config import OnPolicyConfig
 from recipes.on_policy_distillation import eval_size_of_file
-from recipes.student_config import check_at_least, json_object
+from recipes.student_config import check_at_least, check_positive, json_object
 from recipes.teachers import EMA, TeacherSpec, distinct, ema_decay_of
 from recipes.training_run import TrainingRun, print_dry_run, train
 from training.evaluation import EvalSet
@@ -53,6 +54,9 @@ class DatasetOptions:
     max_rows: int | None = chz.field(default=None, doc="use at most this many training rows")
     group_size: int = chz.field(default=1, doc="attempts per prompt")
     groups_per_batch: int = chz.field(default=64, doc="prompts per step")
+    weight: float = chz.field(
+        default=1.0, doc="factor on its tokens' losses; they are still divided by all of the step's"
+    )
     eval_size: int = chz.field(default=64, doc="held-out rows to evaluate on; 0: no evaluation")
     teacher_model: str | None = chz.field(
         default=None,
@@ -116,6 +120,7 @@ class Config(OnPolicyConfig):
         for i, data in enumerate(self.datasets):
             try:
                 check_at_least(data, {"group_size": 1, "groups_per_batch": 1, "eval_size": 0, "max_rows": 1})
+                check_positive("weight", data.weight)
             except ConfigError as error:
                 raise ConfigError(f"datasets.{i}.{error}") from None
             if data.teacher_model is None and not self.teachers:
@@ -295,6 +300,7 @@ def _part(config: Config, index: int) -> Part:
         max_rows=options.max_rows,
         routing=Routing(config.route_key, tuple(routes), required=own is None),
     )
+    data = config.answered(data, strict=options.dataset not in NAMES)
     return Part(options, replace(data, name=options.title), own, routes)
 
 
@@ -358,6 +364,8 @@ def training_run(config: Config, checked: Checked) -> TrainingRun:
                 group_size=part.options.group_size,
                 max_tokens=config.max_tokens,
             ),
+            given=given_builder(student, part.data.name, part.teacher_of, max_tokens=config.max_tokens),
+            weight=part.options.weight,
         )
         for part in parts
     ]

@@ -18,7 +18,7 @@ from pathlib import Path
 import chz
 
 from envs.datasets import Cursor, Row
-from envs.given import GivenGroupBuilder
+from envs.given import GivenEpisode, GivenGroupBuilder
 from envs.types import Episode
 from errors import ConfigError, DataError
 from recipes import setup
@@ -42,6 +42,8 @@ class Config(TrainConfig):
     def _trains(self) -> None:
         if self.num_substeps != 1:
             raise ConfigError(f"num_substeps={self.num_substeps}: a replay makes one update of each saved step")
+        if self.lmbda != 1:
+            raise ConfigError(f"lmbda={self.lmbda}: a replay trains on what is saved, and draws nothing")
         if self.rollouts_only:
             raise ConfigError("rollouts_only=True: a replay has no rollouts, and does nothing but train")
 
@@ -75,6 +77,11 @@ def check(config: Config) -> Checked:
     found = [replace(episode, teacher=config.teacher_model) for episode in read_saved_episodes(config.saved)]
     if not found:
         raise DataError(f"{config.saved}: has no episodes")
+    if config.objective == "reverse_kl" and any(isinstance(episode, GivenEpisode) for episode in found):
+        raise DataError(
+            f"{config.saved}: has given answers, on which objective=reverse_kl has no meaning. "
+            "Use objective=jsd or objective=topk_forward_kl"
+        )
     models = setup.check_models(config)
     _check_ids(config, models)
     if not models.only_teacher.report.same_format and any(len(episode.turns) > 1 for episode in found):

@@ -85,11 +85,14 @@ class Learner:
             [g for g in groups if g["params"]], lr=0.0, betas=(c.beta1, c.beta2), eps=c.eps, fused=True
         )
 
-    def forward_backward(self, items: Sequence[TrainingItem], objective: Objective) -> list[ItemMetrics]:
-        """Add the gradient of the objective over `items`, which make up one optimizer step."""
+    def forward_backward(
+        self, items: Sequence[TrainingItem], objective: Objective, factors: Sequence[float] | None = None
+    ) -> list[ItemMetrics]:
+        """Add the gradient of the objective over `items`, which make up one optimizer step. `factors`: one per item, on
+        its tokens' losses."""
         try:
             with accumulated_in_place(self.lm.model):
-                return self._run(items, objective, train=True)
+                return self._run(items, objective, train=True, factors=factors)
         except torch.OutOfMemoryError as error:
             raise ProtegeError(
                 f"out of memory with {self.token_budget} tokens at a time: lower micro_batch_tokens, set "
@@ -151,9 +154,15 @@ class Learner:
         """For engines that sample from a copy."""
         return LMWeights(self.lm)
 
-    def _run(self, items: Sequence[TrainingItem], objective: Objective, train: bool) -> list[ItemMetrics]:
+    def _run(
+        self,
+        items: Sequence[TrainingItem],
+        objective: Objective,
+        train: bool,
+        factors: Sequence[float] | None = None,
+    ) -> list[ItemMetrics]:
         results: dict[int, ItemMetrics] = {}
-        for batch in pack(items, token_weights(items, self.reduction), self.token_budget):
+        for batch in pack(items, token_weights(items, self.reduction, factors), self.token_budget):
             metrics = self._run_pack(batch, objective, train)
             results.update(zip(map(id, batch.items), _per_item(batch, metrics), strict=True))
         return [results[id(item)] for item in items]

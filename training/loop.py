@@ -15,13 +15,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import anyio
 import anyio.abc
 import anyio.to_thread
 
 from envs.datasets import Cursor, Row
+from envs.given import GivenEpisode
 from envs.rendering import Renderer
 from envs.rollout import derive_seed
 from envs.types import EnvGroupBuilder
@@ -40,6 +41,7 @@ from training.run_dir import RunDir
 from training.trackers import Trackers
 
 Schedule = Literal["constant", "linear", "cosine"]
+GroupT = TypeVar("GroupT")
 
 
 @dataclass(frozen=True)
@@ -55,18 +57,23 @@ class LoopConfig:
     save_every: int = 0  # 0: at the end only
     keep_checkpoints: int = 0  # 0: all
     max_dropped_fraction: float = 0.5
+    lmbda: float = 1.0  # probability that a group is what the student samples, and not its row's completion
     train: bool = True  # False: episodes are made and measured, weights stay as they are and are not saved
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class DatasetPlan:
-    """One dataset of the mixture: its own rows in its own order, and how a row becomes a group."""
+    """One dataset of the mixture: its own rows in its own order, and how a row becomes a group.
+
+    `given` makes the group of the row's completion, where `lmbda` is below 1; `weight` is on its tokens' losses."""
 
     name: str
     cursor: Cursor
     groups_per_batch: int
     builder: Callable[[Row], EnvGroupBuilder]
+    given: Callable[[Row], EnvGroupBuilder] | None = None
+    weight: float = 1.0
 
 
 def learning_rate(config: LoopConfig, step: int) -> float:
@@ -153,7 +160,9 @@ class Loop:
     async def train_step(self) -> None:
         timer = StageTimer()
         builders = [
-            plan.builder(row) for plan in self.plans for row in plan.cursor.next(plan.groups_per_batch)
+            self._builder(plan, i, row)
+            for plan in self.plans
+            for i, row in enumerate(plan.cursor.next(plan.groups_per_batch))
         ]  # a cancelled step leaves the cursors ahead; `save` writes the state as of the last finished step
         collected = await collect(
             builders, self.sampler, self.teachers, self.objective.need,
@@ -176,6 +185,14 @@ class Loop:
         self.trackers.log(row)
         self.progress.update(row)
 
+    def _builder(self, plan: DatasetPlan, place: int, row: Row) -> EnvGroupBuilder:
+        """Of the student's attempts, or of the row's completion: drawn for every step and place in it."""
+        seed = derive_seed(self.config.seed, "lmbda", self.step, plan.name, place)
+        if (seed >> 10) / 2**53 < self.config.lmbda:  # 53 bits: below 1 in a float
+            return plan.builder(row)
+        assert plan.given is not None  # options that ask for completions were checked to have some
+        return plan.given(row)
+
     def _check_signal(self, collected: Collected) -> None:
         dropped = collected.dropped.total() / collected.attempts
         if not collected.flat or dropped > self.config.max_dropped_fraction:
@@ -196,10 +213,13 @@ class Loop:
             items = collected.flat
             return dict(zip(map(id, items), self.learner.measure(items, self.objective), strict=True)), updates
         rate = learning_rate(self.config, self.step)
-        for groups in _split(collected.items, self.config.num_substeps):
-            items = [item for group in groups for item in group]
+        weight = {plan.name: plan.weight for plan in self.plans}
+        groups = list(zip(collected.groups, collected.items, strict=True))
+        for part in _split(groups, self.config.num_substeps):
+            items = [item for _, members in part for item in members]
             if items:
-                results = self.learner.forward_backward(items, self.objective)
+                factors = [weight[group.dataset] for group, members in part for _ in members]
+                results = self.learner.forward_backward(items, self.objective, factors)
                 measured.update(zip(map(id, items), results, strict=True))
                 updates = self.learner.step(rate)
         self.learner.update_average()
@@ -217,10 +237,15 @@ class Loop:
         sums = SumMetrics()
         for item in collected.flat:
             add_episode(sums, item, measured[id(item)])
+            if self.config.lmbda < 1:
+                add_origin(sums, item, measured[id(item)])
         for group, items in zip(collected.groups, collected.items, strict=True):
             attempts = len(group.episodes) + len(group.dropped)
             scope = {"dataset": group.dataset, "teacher": group.teacher}
             sums.add("dropped_fraction", attempts - len(items), attempts, **scope)
+            if self.config.lmbda < 1:
+                own = not any(isinstance(episode, GivenEpisode) for episode in group.episodes)
+                sums.add("on_policy_fraction", float(own), 1, **scope)
         times = timer.lap()
         tokens = sum(m.tokens for m in measured.values())
         row = {"step": self.step, **sums.as_dict(), **updates, **times}
@@ -291,7 +316,7 @@ class Loop:
             raise CheckpointError(f"{folder}: its trainer_state cannot be read: {error!r}") from error
 
 
-def _split(groups: Sequence[list[TrainingItem]], parts: int) -> list[Sequence[list[TrainingItem]]]:
+def _split(groups: Sequence[GroupT], parts: int) -> list[Sequence[GroupT]]:
     bounds = [round(i * len(groups) / parts) for i in range(parts + 1)]
     return [groups[a:b] for a, b in itertools.pairwise(bounds)]
 
@@ -321,6 +346,14 @@ def add_episode(sums: SumMetrics, item: TrainingItem, measured: ItemMetrics) -> 
     for name, value in episode.metrics.items():
         sums.add(f"env/{name}", value, 1, **scope)
     sums.add_count("trained_episodes", 1, **scope)
+
+
+def add_origin(sums: SumMetrics, item: TrainingItem, measured: ItemMetrics) -> None:
+    """The KL on what the student sampled and on given answers, apart: only on its own samples is it one."""
+    episode = item.episode
+    name = "given/kl" if isinstance(episode, GivenEpisode) else "on_policy/kl"
+    total = float(measured.values["kl"].sum())
+    sums.add(name, total, measured.tokens, dataset=episode.dataset, teacher=episode.teacher)
 
 
 _METRIC_NAMES = {"ratio": "ratio/mean", "ratio_truncated": "ratio/truncated_fraction"}

@@ -38,17 +38,19 @@ class PackedBatch:
     items: tuple[TrainingItem, ...]
 
 
-def token_weights(items: Sequence[TrainingItem], reduction: str) -> list[float]:
-    """Per episode, the weight of each of its trained tokens. Taken over the whole optimizer step, so that
-    splitting it into packs, micro-batches or ranks changes no gradient."""
+def token_weights(items: Sequence[TrainingItem], reduction: str, factors: Sequence[float] | None = None) -> list[float]:
+    """Per episode, the weight of each of its trained tokens, times the episode's factor. Taken over the whole optimizer
+    step, so that splitting it into packs, micro-batches or ranks changes no gradient."""
     counts = [item.episode.num_sampled for item in items]
     if reduction == "token_mean":
-        return [1 / sum(counts)] * len(items)
-    if reduction == "sequence_mean":
-        return [1 / (len(items) * count) for count in counts]
-    if reduction == "token_sum":
-        return [1.0] * len(items)
-    raise ValueError(f"reduction={reduction}: expected token_mean, token_sum or sequence_mean")
+        weights = [1 / sum(counts)] * len(items)
+    elif reduction == "sequence_mean":
+        weights = [1 / (len(items) * count) for count in counts]
+    elif reduction == "token_sum":
+        weights = [1.0] * len(items)
+    else:
+        raise ValueError(f"reduction={reduction}: expected token_mean, token_sum or sequence_mean")
+    return weights if factors is None else [w * factor for w, factor in zip(weights, factors, strict=True)]
 
 
 def pack(items: Sequence[TrainingItem], weights: Sequence[float], token_budget: int) -> list[PackedBatch]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from envs.given import GivenEpisode
 from envs.types import Episode, StopReason, Turn
 from errors import DataError
 
@@ -37,7 +38,8 @@ def _episode(row: dict[str, Any], row_id: str) -> Episode:
     sampled = np.array(row["sampled"], dtype=bool)
     logprobs = [math.nan if value is None else value for value in row["sampler_logprobs"]]
     edges = np.flatnonzero(np.diff(sampled, prepend=False, append=False)).tolist()
-    return Episode(
+    kind = Episode if np.isfinite(logprobs).any() else GivenEpisode  # of given answers there were none to save
+    return kind(
         dataset=row["dataset"],
         row_id=row_id,
         teacher=row["teacher"],

@@ -97,6 +97,21 @@ def test_every_dataset_is_judged_by_its_own_teacher_and_measured_apart(
         assert {"eval/one/exact_reverse_kl", "eval/two/exact_reverse_kl"} <= row.keys()
 
 
+def test_a_dataset_s_weight_is_on_its_tokens_losses(tmp_path: Path, student: str, teacher: str, second: str):
+    """At learning rate 0 the gradient's norm is all that changes; weights that are alike only scale it."""
+
+    def norm(*factors: float) -> float:
+        given = zip((teacher, second), factors, strict=True)
+        data = [arithmetic(f"d{i}", who, eval_size=0, weight=w) for i, (who, w) in enumerate(given)]
+        path = run(tmp_path / str(factors), student, *data, learning_rate=1e-30, max_steps=1, num_substeps=1)
+        return training_rows(path)[0]["grad_norm"]
+
+    plain, double, first, both = norm(1, 1), norm(2, 2), norm(1, 1e-9), norm(1e-9, 1)
+    assert double == pytest.approx(2 * plain, rel=1e-5)
+    assert max(first, both) < first + both and plain < first + both  # two gradients of unlike directions
+    assert abs(first - both) < plain
+
+
 def test_datasets_are_drawn_from_one_by_one_until_the_largest_ends(tmp_path: Path, student: str, teacher: str):
     data = arithmetic("large", teacher, rows=10, groups=3), arithmetic("small", teacher, rows=4, groups=3)
     path = run(tmp_path / "run", student, *data, max_steps="None")
@@ -409,6 +424,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"teachers__0__model": "a", "teachers__0__blend_weight": 1, "teachers__0__route_value": "blend"},
         ("teachers.0.route_value=blend",),
     ),
+    "weight": ({"datasets__1__weight": 0}, ("datasets.1.weight=0.0: expected a positive number",)),
     "substeps": ({"num_substeps": 7}, ("num_substeps=7: there are only 6 groups",)),
     "shorthand": ({"deepmath_groups_per_batch": 5}, ("use datasets.0.groups_per_batch",)),
     "template kwargs": (

@@ -339,6 +339,26 @@ def test_gradient_does_not_depend_on_how_the_work_is_cut(case, objective):
         assert_same_metrics(a, b)
 
 
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "token_sum"])
+def test_factors_weigh_episodes_and_change_nothing_about_the_cut(case, reduction):
+    """Of a dataset's weight: the sum over tokens is weighed, what it is divided by is not."""
+    objective, items = JSD(beta=0.5), case.items(SignalKind.FULL)
+    factors = [0.25, 3.0, 1.0, 0.25, 3.0, 1.0]
+    of = {id(item.episode): factor for item, factor in zip(items, factors, strict=True)}
+    plain = plain_loss(objective, case.teacher)
+    expected = plain_gradients(
+        case.model, items, lambda logits, item: plain(logits, item) * of[id(item.episode)], reduction=reduction
+    )
+    for budget in (16, 10_000):
+        case.model.zero_grad(set_to_none=True)
+        learner = Learner(CausalLM(case.model), reduction=reduction, token_budget=budget, head_elements=3 * VOCAB)
+        metrics = learner.forward_backward(items, objective, factors)
+        assert_same(gradients(case.model), expected)
+        unweighed = learner.measure(items, objective)
+        for a, b in zip(metrics, unweighed, strict=True):
+            assert_same_metrics(a, b)  # what is measured is not weighed
+
+
 def test_gradients_of_two_calls_add_up(case):
     items = case.items(SignalKind.SAMPLED)
     learner = Learner(CausalLM(case.model), reduction="token_sum")

@@ -78,3 +78,5 @@ def test_a_token_is_trained_for_its_position_and_not_for_its_id():
 def test_weights_of_episodes_with_one_two_and_three_trained_tokens(reduction, expected):
     items = [item_of_length(4 + n, sampled=n) for n in (1, 2, 3)]
     assert token_weights(items, reduction) == pytest.approx(expected, rel=1e-12)
+    weighed = token_weights(items, reduction, [2.0, 1.0, 0.5])
+    assert weighed == pytest.approx([2 * expected[0], expected[1], expected[2] / 2], rel=1e-12)
