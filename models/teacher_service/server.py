@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -112,7 +112,7 @@ class Service:
             return Response(self.info.model_dump_json(), media_type="application/json")
 
         async def metrics(request: Any) -> Any:
-            return PlainTextResponse(self._metrics.text(self._gauges()), media_type=METRICS_TYPE)
+            return PlainTextResponse(self.metrics_text(), media_type=METRICS_TYPE)
 
         async def unknown(request: Any, error: HTTPException) -> Any:
             words = {404: "there is no such path", 405: "this path takes another method"}
@@ -232,12 +232,11 @@ class Service:
         body = await anyio.to_thread.run_sync(encode_head, fields, weight, bias)
         return _Answer(body, self._limits.write_timeout_s)
 
-    def _gauges(self) -> Mapping[str, Mapping[tuple[tuple[str, str], ...], float]]:
-        return {
-            "queue_requests": {(): self.queue.jobs},
-            "queue_tokens": {(): self.queue.tokens},
-            "loaded": {(("model", name),): float(model.checkpoint.in_memory) for name, model in self._models.items()},
-        }
+    def metrics_text(self) -> str:
+        """As Prometheus reads it."""
+        loaded = {(("model", name),): float(m.checkpoint.in_memory) for name, m in self._models.items()}
+        waiting = {"queue_requests": {(): self.queue.jobs}, "queue_tokens": {(): self.queue.tokens}}
+        return self._metrics.text({**waiting, "loaded": loaded})
 
 
 class _Answer:
