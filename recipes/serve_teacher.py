@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import anyio
@@ -176,6 +177,7 @@ def served_models(config: Config) -> list[ServedModel]:
             context_length=getattr(text, "max_position_embeddings", None),
             hidden_size=text.hidden_size,
             dtype=str(config.compute_dtype(device)).removeprefix("torch."),
+            source=None if Path(source.name).expanduser().exists() else source.name,
         )
         made.append(ServedModel(info, checkpoints[weights]))
     return made

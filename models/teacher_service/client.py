@@ -13,14 +13,15 @@ import torch
 from httpx2 import AsyncClient
 
 from errors import ConfigError, TeacherError
+from models.device_thread import compute
 from models.teacher_service import head as heads
 from models.teacher_service.connection import Answer, Connection, sentence
+from models.teacher_service.fit import find_model
 from models.teacher_service.head import AtTemperature, LinearHead, from_raw
 from models.teacher_service.messages import (
     SERVICE,
     HeadFields,
     HiddenDtype,
-    ModelInfo,
     Reading,
     RequestFields,
     ScoreAnswer,
@@ -202,8 +203,7 @@ class RemoteScorer:
                     if await anyio.to_thread.run_sync(head.digest) != fields.digest:
                         raise TeacherError(f"teacher {self.name}: its head did not arrive as it was sent")
                     await anyio.to_thread.run_sync(heads.keep, head, fields.digest)
-                bias = None if head.bias is None else head.bias.to(self._device)
-                moved = LinearHead(head.weight.to(self._device), bias, head.scale, head.softcap)
+                moved = await compute(head.to, self._device)
                 self._head, self._head_digest = AtTemperature(moved, self.temperature), fields.digest
 
     async def _download(self, client: AsyncClient, fields: HeadFields) -> LinearHead:
@@ -252,17 +252,6 @@ class RemoteScorer:
                 f"teacher {self.name}: the weights behind {self._connection.url} have changed since this run began. "
                 "Serve the old ones again, or start a new run"
             )
-
-
-def find_model(service: ServiceInfo, name: str | None, url: str) -> ModelInfo:
-    """The model of that name, or the only one there is. Raises `ConfigError`."""
-    if name is None and len(service.models) == 1:
-        return service.models[0]
-    for model in service.models:
-        if model.name == name:
-            return model
-    there = ", ".join(model.name for model in service.models)
-    raise ConfigError(f"{url} serves {there}" + (f", not {name}" if name else ": say which"))
 
 
 async def _all(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:

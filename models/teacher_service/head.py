@@ -42,6 +42,10 @@ class LinearHead:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
 
+    def to(self, device: torch.device) -> LinearHead:
+        bias = None if self.bias is None else self.bias.to(device)
+        return LinearHead(self.weight.to(device), bias, self.scale, self.softcap)
+
     def digest(self) -> str:
         """sha256 of the values, computed where they lie, a piece at a time."""
         digest = hashlib.sha256(repr((*self.weight.shape, self.scale, self.softcap)).encode())

@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from errors import ModelError, ProtegeError
+from errors import ModelError, ProtegeError, TeacherError
 from models.causal_lm import CausalLM
 from models.device_thread import compute
 from models.teacher_service.head import LinearHead, raw, take_head
@@ -38,12 +38,25 @@ class Loaded:
         head = take_head(self.lm)
         return head, head.digest()
 
-    async def score(self, views: Sequence[TeacherView], fields: RequestFields) -> list[Signal]:
-        """Raises `TeacherError`."""
+    async def score(self, views: Sequence[TeacherView], fields: RequestFields) -> list[dict[str, np.ndarray]]:
+        """Of each view, the arrays of its answer. Raises `TeacherError`."""
         scorer = TransformersScorer(
             fields.model, self.lm, temperature=fields.temperature, token_budget=self._token_budget
         )
-        return await scorer.score(views, fields.spec)
+        signals = await scorer.score(views, fields.spec)
+        # here, and not where the answer is put together: torch computes on one thread only
+        return await compute(lambda: [_arrays(signal, fields) for signal in signals])
+
+
+def _arrays(signal: Signal, fields: RequestFields) -> dict[str, np.ndarray]:
+    if signal.hidden is not None and fields.hidden_dtype is not None:
+        return {"hidden": raw(signal.hidden.to(getattr(torch, fields.hidden_dtype)))}
+    if signal.logprobs is None:
+        raise TeacherError(f"the scorer left out what need={fields.need} is for")
+    if signal.topk_ids is None or signal.topk_logprobs is None:
+        return {"logprobs": raw(signal.logprobs)}
+    ids = signal.topk_ids.int()
+    return {"logprobs": raw(signal.logprobs), "topk_ids": raw(ids), "topk_logprobs": raw(signal.topk_logprobs)}
 
 
 class Checkpoint:

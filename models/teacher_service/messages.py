@@ -37,6 +37,7 @@ class ModelInfo(_Fields):
     context_length: int | None
     hidden_size: int
     dtype: str  # of its computation and its head
+    source: str | None = None  # its hub id, where it has one: a path says something of the host, and nothing elsewhere
 
 
 class Limits(_Fields):

@@ -12,9 +12,10 @@ import anyio
 
 from errors import ProtegeError
 from models.teacher_service.wire import Refused
-from models.types import Signal, TeacherView
+from models.types import TeacherView
 
-Score = Callable[[Any, Sequence[TeacherView]], Awaitable[list[Signal]]]
+Score = Callable[[Any, Sequence[TeacherView]], Awaitable[Sequence[Any]]]
+"""(what is asked, views) -> one answer per view."""
 
 
 @dataclass(eq=False)
@@ -23,7 +24,7 @@ class _Job:
     views: Sequence[TeacherView]
     tokens: int
     done: anyio.Event = field(default_factory=anyio.Event)
-    signals: list[Signal] | None = None
+    answers: list[Any] | None = None
     error: Exception | None = None
 
 
@@ -50,7 +51,7 @@ class ScoreQueue:
     def tokens(self) -> int:
         return sum(job.tokens for job in self._waiting)
 
-    async def submit(self, key: object, views: Sequence[TeacherView]) -> list[Signal]:
+    async def submit(self, key: object, views: Sequence[TeacherView]) -> list[Any]:
         """Cancelled, it leaves the queue. Raises `Refused` when full or closed, and what scoring raises."""
         job = _Job(key, views, sum(len(view.token_ids) for view in views))
         if self._closed:
@@ -68,8 +69,8 @@ class ScoreQueue:
                 self._waiting.remove(job)
         if job.error is not None:
             raise job.error
-        assert job.signals is not None
-        return job.signals
+        assert job.answers is not None
+        return job.answers
 
     def close(self) -> None:
         """Take no more jobs, and send back those that wait; a batch that is being scored is finished."""
@@ -99,7 +100,7 @@ class ScoreQueue:
     async def _run(self, batch: list[_Job]) -> None:
         started = time.monotonic()
         try:
-            signals = iter(await self._score(batch[0].key, [view for job in batch for view in job.views]))
+            answers = iter(await self._score(batch[0].key, [view for job in batch for view in job.views]))
         except (Refused, ProtegeError) as error:
             if len(batch) > 1:  # one client's request must not fail another's
                 for job in batch:
@@ -111,7 +112,7 @@ class ScoreQueue:
                 job.error = error
         else:
             for job in batch:
-                job.signals = [next(signals) for _ in job.views]
+                job.answers = [next(answers) for _ in job.views]
             rate = sum(job.tokens for job in batch) / max(time.monotonic() - started, 1e-6)
             self._tokens_per_s += 0.2 * (rate - self._tokens_per_s)
         for job in batch:

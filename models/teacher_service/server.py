@@ -48,7 +48,7 @@ from models.teacher_service.metrics import MEDIA_TYPE as METRICS_TYPE
 from models.teacher_service.metrics import Metrics
 from models.teacher_service.queueing import ScoreQueue
 from models.teacher_service.wire import OVERHEAD_BYTES, Refused
-from models.types import Signal, TeacherView
+from models.types import TeacherView
 
 logger = logging.getLogger(__name__)
 PATHS = ("/health", "/info", "/metrics", "/head", "/score")
@@ -164,9 +164,9 @@ class Service:
         if asked.fields.need == "full":
             _, head = await head_of(model)
         views = [TeacherView(reading.ids, reading.positions, reading.positions) for reading in asked.readings]
-        signals = await self.queue.submit(_key(asked.fields), views)
+        found = await self.queue.submit(_key(asked.fields), views)
         fields = AnswerFields(model=model.info.name, weights=model.info.weights, loaded=loaded.digest, head=head)
-        return await anyio.to_thread.run_sync(_encoded, fields, asked.fields, signals)
+        return await anyio.to_thread.run_sync(_encoded, fields, found)
 
     def _find(self, name: str, weights: str | None) -> ServedModel:
         model = self._models.get(name)
@@ -192,14 +192,14 @@ class Service:
         if size > self._limits.answer_bytes:
             raise Refused(413, f"the answer would have {size} bytes, at most {self._limits.answer_bytes} are given")
 
-    async def _score_batch(self, key: Any, views: Sequence[TeacherView]) -> list[Signal]:
+    async def _score_batch(self, key: Any, views: Sequence[TeacherView]) -> list[dict[str, np.ndarray]]:
         loaded = await self._models[key.model].checkpoint.loaded(key.model)
         self._metrics.add("batches")
         started = time.monotonic()
-        signals = await loaded.score(views, key)
+        answers = await loaded.score(views, key)
         self._metrics.add("busy_seconds", time.monotonic() - started)
         self._metrics.add("read_tokens", sum(len(view.token_ids) for view in views), model=key.model)
-        return signals
+        return answers
 
     # --- heads
 
@@ -264,26 +264,13 @@ class _Refusal:
 
 
 def _key(fields: RequestFields) -> RequestFields:
-    """What is computed: hidden states know no temperature, and are rounded for the wire only afterwards."""
-    return fields.model_copy(update={"temperature": 1.0, "hidden_dtype": None}) if fields.need == "full" else fields
+    """What is computed: hidden states know no temperature."""
+    return fields.model_copy(update={"temperature": 1.0}) if fields.need == "full" else fields
 
 
-def _encoded(fields: AnswerFields, asked: RequestFields, signals: Sequence[Signal]) -> bytes:
-    if asked.need == "full":
-        dtype = getattr(torch, asked.hidden_dtype or "bfloat16")
-        rows = {"hidden": torch.cat([_there(signal.hidden).to(dtype) for signal in signals])}
-    else:
-        rows = {"logprobs": torch.cat([_there(signal.logprobs) for signal in signals])}
-    if asked.need == "topk":
-        rows["topk_ids"] = torch.cat([_there(signal.topk_ids).int() for signal in signals])
-        rows["topk_logprobs"] = torch.cat([_there(signal.topk_logprobs) for signal in signals])
-    return encode_answer(ScoreAnswer(fields, {name: raw(tensor) for name, tensor in rows.items()}))
-
-
-def _there(tensor: torch.Tensor | None) -> torch.Tensor:
-    if tensor is None:
-        raise ValueError("the scorer left out what it was asked for")
-    return tensor
+def _encoded(fields: AnswerFields, found: Sequence[dict[str, np.ndarray]]) -> bytes:
+    arrays = {name: np.concatenate([one[name] for one in found]) for name in found[0]}
+    return encode_answer(ScoreAnswer(fields, arrays))
 
 
 def _strangest(ids: np.ndarray) -> int:

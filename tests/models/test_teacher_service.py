@@ -22,10 +22,11 @@ import torch
 from conformance import ScorerEngine
 from teacher_services import TOKEN, Running, llama, running, served
 
-from errors import ConfigError, TeacherError
+from errors import ConfigError, TeacherError, TokenizerMismatchError
 from models.causal_lm import CausalLM
 from models.teacher_service import client
 from models.teacher_service.client import RemoteScorer, describe
+from models.teacher_service.fit import check_fit, find_model
 from models.teacher_service.server import ServiceLimits
 from models.transformers_scorer import TransformersScorer
 from models.types import SignalKind, TeacherTopK, TeacherView
@@ -374,11 +375,30 @@ async def test_a_refusal_is_told_with_the_services_words(service: Running):
 async def test_a_service_describes_itself(service: Running):
     found = await describe(service.url + "/", TOKEN)
     assert found == service.info
-    assert client.find_model(found, None, service.url).name == "t"
+    assert find_model(found, None, service.url).name == "t"
     with pytest.raises(ConfigError, match="serves t, not u"):
-        client.find_model(found, "u", service.url)
+        find_model(found, "u", service.url)
     with pytest.raises(ConfigError, match="refuses: the token"):
         await describe(service.url, "not-the-right-token")
+
+
+def test_what_does_not_fit_is_said_at_the_start(service: Running):
+    model = find_model(service.info, None, service.url)
+    fits = dict(tokenizer="tok", tokenizer_name="./mine", need=TeacherTopK(61), temperature=0.7)
+
+    def check(**changes: Any) -> None:
+        check_fit(service.info, model, url=service.url, **{**fits, **changes})
+
+    check()
+    check(need=SignalKind.FULL)
+    check(need=TeacherTopK(10_000))  # more than the vocabulary is all of it
+    with pytest.raises(TokenizerMismatchError, match=r"\./mine.*is not the one that t at http"):
+        check(tokenizer="other")
+    with pytest.raises(ConfigError, match=r"temperature=0\.001"):
+        check(temperature=0.001)
+    model = model.model_copy(update={"vocab_size": 5000})
+    with pytest.raises(ConfigError, match="start the service with max_top_k=2000"):
+        check(need=TeacherTopK(2000))
 
 
 @pytest.mark.anyio
