@@ -126,6 +126,11 @@ class Renderer(ABC):
         """Ids to append after a sampled turn: the end of turn unless it `ended` with one, the new
         messages, the next assistant header. `tool_calls` are those that the turn made."""
 
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of text as an assistant would write it; none of them is a control token."""
+        literals = Literals(text)
+        return self._encoder.encode_after(self.end_of_turn_id, literals.hide(text), literals)
+
     @abstractmethod
     def check(self, *, tools: bool = False, multi_turn: bool = False, hints: Iterable[tuple[str, ...]] = ()) -> None:
         """Proves that this format can be appended to; raises TemplateError with the reason if not. `hints` are roles of

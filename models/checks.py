@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from envs.rendering import Renderer, control_tokens
 from errors import ConfigError, TeacherError, TokenizerMismatchError
+from models.byte_alignment import PROBE_TEXT, ByteAlignment
 from models.teacher_view import ViewMaker
 from models.types import Scorer, SignalKind, TeacherView
 
@@ -29,21 +30,54 @@ class PairReport:
     renamed: tuple[str, ...]  # control tokens of one id and two names, student's / teacher's
     same_format: bool
     end_of_turn: tuple[str, str]  # the student's token, the teacher's
+    by_bytes: str = ""  # of a teacher with another tokenizer: how finely a probe's text is compared
 
     def lines(self) -> list[str]:
         how = "the same chat format" if self.same_format else "its own chat format"
         ends = self.end_of_turn
         mapped = f"{ends[0]!r} is read as {ends[1]!r}" if ends[0] != ends[1] else f"{ends[0]!r} in both"
+        first = f"teacher {self.teacher}: reads {how}; end of turn: {mapped}"
+        if self.by_bytes:
+            return [first, f"  it has another tokenizer: {self.by_bytes}"]
         return [
-            f"teacher {self.teacher}: reads {how}; end of turn: {mapped}",
+            first,
             f"  {self.shared_ids} token ids mean the same; only the student has {self.student_only_ids}, "
             f"only the teacher {self.teacher_only_ids}"
             + (f"; control tokens named differently: {', '.join(self.renamed)}" if self.renamed else ""),
         ]
 
 
-def check_pair(name: str, student: Renderer, teacher: Renderer) -> PairReport:
-    """Compare tokenizers by content. Raises `TokenizerMismatchError` naming both sides and the way out."""
+def check_pair(name: str, student: Renderer, teacher: Renderer, *, by_bytes: bool = False) -> PairReport:
+    """Compare tokenizers by content; `by_bytes`: where they differ, see that the text of both can be compared.
+
+    Raises `TokenizerMismatchError` naming both sides and the way out."""
+    try:
+        return _check_ids(name, student, teacher)
+    except TokenizerMismatchError:
+        if not by_bytes:
+            raise
+    reading = ByteAlignment(student, teacher).read([*student.encode_text(PROBE_TEXT), student.end_of_turn_id])
+    if min(reading.student_spans) < 0:  # a student would soon find out that such text is judged by nobody
+        raise TokenizerMismatchError(
+            f"teacher {name}'s tokenizer ({teacher.name}) does not keep every character: it reads "
+            f"{teacher.tokenizer.decode(reading.token_ids)!r} for {PROBE_TEXT!r}. teacher_alignment=bytes needs one "
+            "that does"
+        )
+    ends = [r.tokenizer.convert_ids_to_tokens(r.end_of_turn_id) for r in (student, teacher)]
+    return PairReport(
+        teacher=name,
+        shared_ids=0,
+        student_only_ids=len(student.tokenizer.get_vocab()),
+        teacher_only_ids=len(teacher.tokenizer.get_vocab()),
+        renamed=(),
+        same_format=False,
+        end_of_turn=(ends[0], ends[1]),
+        by_bytes=f"a probe of {len(PROBE_TEXT.encode())} bytes is {len(reading.student_spans)} tokens of the student, "
+        f"{len(reading.token_ids)} of the teacher, and {reading.spans} spans that both cut alike",
+    )
+
+
+def _check_ids(name: str, student: Renderer, teacher: Renderer) -> PairReport:
     ours, theirs = _tokens_by_id(student.tokenizer), _tokens_by_id(teacher.tokenizer)
     shared = ours.keys() & theirs.keys()
     # Control tokens stand for no text, and model families rename their reserved ones; words must agree.
@@ -53,8 +87,7 @@ def check_pair(name: str, student: Renderer, teacher: Renderer) -> PairReport:
         i = different[0] if different else 0
         raise TokenizerMismatchError(
             f"the student's tokenizer ({student.name}) and teacher {name}'s ({teacher.name}) give {len(different)} of "
-            f"{len(shared)} ids different meanings, e.g. id {i} is {ours.get(i)!r} and {theirs.get(i)!r}. "
-            "Choose a teacher of the student's model family"
+            f"{len(shared)} ids different meanings, e.g. id {i} is {ours.get(i)!r} and {theirs.get(i)!r}. {WAYS_OUT}"
         )
     _check_same_text_same_ids(name, student, teacher)
     maker = ViewMaker(student, teacher)
@@ -65,7 +98,7 @@ def check_pair(name: str, student: Renderer, teacher: Renderer) -> PairReport:
         if token not in vocabulary:
             raise TokenizerMismatchError(
                 f"{owner} ends its turns with id {token}, which the other tokenizer does not have: "
-                f"{student.name} and {teacher.name} cannot be aligned"
+                f"{student.name} and {teacher.name} cannot be aligned. {WAYS_OUT}"
             )
     return PairReport(
         teacher=name,
@@ -78,17 +111,20 @@ def check_pair(name: str, student: Renderer, teacher: Renderer) -> PairReport:
     )
 
 
-_PROBE_TEXT = "Ünïcode, 3.14159 + 2 = 5?\n\n\tdef f(x):  return x**2  # ok\r\n漢字 🙂"
+WAYS_OUT = (
+    "Choose a teacher of the student's model family, or compare what text says and not ids: "
+    "objective=reverse_kl teacher_alignment=bytes"
+)
 
 
 def _check_same_text_same_ids(name: str, student: Renderer, teacher: Renderer) -> None:
     """The same ids could still be reached by other merges: the teacher would then read text that it never
     tokenises so itself."""
-    ours, theirs = (r.tokenizer.encode(_PROBE_TEXT, add_special_tokens=False) for r in (student, teacher))
+    ours, theirs = (r.tokenizer.encode(PROBE_TEXT, add_special_tokens=False) for r in (student, teacher))
     if ours != theirs:
         raise TokenizerMismatchError(
             f"the student's tokenizer ({student.name}) and teacher {name}'s ({teacher.name}) share a vocabulary but "
-            "split text differently. Choose a teacher of the student's model family"
+            f"split text differently. {WAYS_OUT}"
         )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from envs.rendering import Renderer
 from envs.types import Episode
+from models.byte_alignment import ByteAlignment, Reading, joined, one_by_one
 from models.types import TeacherView
 
 
@@ -26,11 +27,12 @@ class ViewMaker:
 
     student: Renderer
     teacher: Renderer
+    alignment: ByteAlignment | None = None  # for a teacher of another tokenizer
 
     @property
     def swap(self) -> tuple[int, int] | None:
         pair = (self.student.end_of_turn_id, self.teacher.end_of_turn_id)
-        return None if pair[0] == pair[1] else pair
+        return None if pair[0] == pair[1] or self.alignment is not None else pair
 
     def view(self, episode: Episode) -> TeacherView:
         own = np.flatnonzero(episode.sampled)
@@ -39,17 +41,27 @@ class ViewMaker:
             return TeacherView(episode.token_ids.astype(np.int64), own, own)
         messages = episode.teacher_messages or episode.prompt_messages
         ids = list(self.teacher.prompt(messages, episode.tools))
-        positions: list[int] = []
+        readings: list[tuple[int, Reading]] = []
         for number, turn in enumerate(episode.turns, start=1):
             sampled = episode.token_ids[turn.start : turn.end]
-            positions.extend(range(len(ids), len(ids) + len(sampled)))
-            ids.extend(self._mapped(sampled))
+            reading = self._read(sampled)
+            readings.append((len(ids), reading))
+            ids.extend(reading.token_ids)
             if turn.observation:
                 ended = int(sampled[-1]) in self.student.stop.token_ids
                 hints = [m for hint in episode.teacher_hints if hint.follows(number) for m in hint.messages]
                 said = [*turn.observation, *hints]
                 ids.extend(self.teacher.continuation(said, ended=ended, tool_calls=turn.tool_calls))
-        return TeacherView(np.array(ids, dtype=np.int64), np.array(positions, dtype=np.int64), own, self.swap)
+        positions, spans = joined(readings)
+        whole = np.array(ids, dtype=np.int64)
+        if self.alignment is None:
+            return TeacherView(whole, positions, own, self.swap)
+        return TeacherView(whole, positions, own, spans=spans)
+
+    def _read(self, sampled: np.ndarray) -> Reading:
+        if self.alignment is not None:
+            return self.alignment.read(sampled.tolist())
+        return one_by_one(self._mapped(sampled))
 
     def _mapped(self, sampled: np.ndarray) -> list[int]:
         if self.swap is None:

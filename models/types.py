@@ -44,21 +44,36 @@ SignalSpec = SignalKind | TeacherTopK
 
 
 @dataclass(frozen=True)
+class Spans:
+    """Which span of text each scored token belongs to, where student and teacher have other tokenizers."""
+
+    teacher: np.ndarray  # int64 [m], of the view's positions
+    student: np.ndarray  # int64 [n], of its student_positions; -1: in none, nobody scores it
+    count: int
+
+
+@dataclass(frozen=True)
 class TeacherView:
     """What a teacher reads for one episode.
 
     `positions[j]` is the teacher position whose token answers the student's `student_positions[j]`;
-    both list every sampled token of the episode, in order. `swap` is the pair of ids that trade
-    places between the two formats (the end-of-turn tokens), None where the formats agree.
+    both list every sampled token of the episode, in order. With `spans` they are not matched one by one: `positions`
+    lists the teacher's tokens that are scored, and both sides say to which span each belongs. `swap` is the pair of
+    ids that trade places between the two formats (the end-of-turn tokens), None where the formats agree.
     """
 
     token_ids: np.ndarray  # int64 [T_teacher]
     positions: np.ndarray  # int64 [n]
     student_positions: np.ndarray  # int64 [n]
     swap: tuple[int, int] | None = None
+    spans: Spans | None = None
 
     def __post_init__(self) -> None:
-        if len(self.positions) != len(self.student_positions):
+        if self.spans is not None:
+            lengths = len(self.spans.teacher), len(self.spans.student)
+            if lengths != (len(self.positions), len(self.student_positions)):
+                raise ValueError(f"spans of {lengths} tokens for {len(self.positions)}, {len(self.student_positions)}")
+        elif len(self.positions) != len(self.student_positions):
             raise ValueError(f"{len(self.positions)} teacher positions, {len(self.student_positions)} of the student")
         if len(self.positions) and not 0 < self.positions.min() <= self.positions.max() < len(self.token_ids):
             raise ValueError("a scored token needs one before it that predicts it: positions outside 1 … T-1")
@@ -83,7 +98,8 @@ class Signal:
     """A teacher's answer for one episode, aligned with the view's `student_positions` (length n).
 
     Kind SAMPLED has `logprobs`, kind FULL has `hidden` and `head`, a top-k signal has `logprobs`, `topk_ids`
-    and `topk_logprobs`: ids as the student uses them, logprobs of the teacher's whole distribution.
+    and `topk_logprobs`: ids as the student uses them, logprobs of the teacher's whole distribution. With `spans`
+    (of a teacher with another tokenizer) `logprobs` has one value per span.
     """
 
     logprobs: Float[Tensor, " n"] | None = None  # of the sampled tokens, float32 on the CPU
@@ -93,6 +109,7 @@ class Signal:
     head: Head | None = None
     swap: tuple[int, int] | None = None  # columns of the head to exchange, see `TeacherView.swap`
     opinions: Mapping[str, Opinion] = field(default_factory=dict)  # of a blend's teachers, by name, where known
+    spans: Int[Tensor, " n"] | None = None  # of each sampled token, see `Spans.student`
 
     def __post_init__(self) -> None:
         if (self.logprobs is None) == (self.hidden is None) or (self.hidden is None) != (self.head is None):
@@ -101,6 +118,14 @@ class Signal:
         if values is None or not torch.isfinite(values).all():
             raise ValueError("a teacher's value is missing or not finite")
         self._check_topk()
+
+    def of_spans(self, spans: Spans) -> Signal:
+        """From a logprob for every scored token of the teacher's to one for every span."""
+        if self.logprobs is None or len(self.logprobs) != len(spans.teacher):
+            raise ValueError(f"spans need a logprob for each of the teacher's {len(spans.teacher)} tokens")
+        sums = torch.zeros(spans.count, dtype=torch.float64)
+        sums.index_add_(0, torch.from_numpy(spans.teacher), self.logprobs.double())
+        return Signal(logprobs=sums.float(), spans=torch.from_numpy(spans.student))
 
     def _check_topk(self) -> None:
         ids, logprobs = self.topk_ids, self.topk_logprobs

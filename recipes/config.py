@@ -67,6 +67,11 @@ class OnPolicyConfig(StudentConfig):
         default=None, doc=f"teacher_model={EMA}: share of the average that a step keeps; default {DEFAULT_EMA_DECAY}"
     )
 
+    teacher_alignment: Literal["ids", "bytes"] = chz.field(
+        default="ids",
+        doc="bytes: a teacher may have another tokenizer, and spans of text are compared (objective=reverse_kl only)",
+    )
+
     # sampling
     temperature: float = chz.field(default=1.0, doc="of sampling, and of every logprob that is compared")
 
@@ -92,6 +97,11 @@ class OnPolicyConfig(StudentConfig):
         if self.max_dropped_fraction > 1:
             raise ConfigError(f"max_dropped_fraction={self.max_dropped_fraction}: expected 0 to 1")
         self.make_objective()
+        if self.aligns_by_bytes() and self.objective != "reverse_kl":
+            raise ConfigError(
+                "teacher_alignment=bytes: a teacher of another tokenizer gives log-probabilities of spans of text, "
+                f"and objective={self.objective} compares distributions over one vocabulary. Use objective=reverse_kl"
+            )
         self.comparison_temperature()
         self._check_lmbda()
         if self.teacher_ema_decay is not None and all(spec.ema_decay is None for spec in self.teacher_specs()):
@@ -142,6 +152,9 @@ class OnPolicyConfig(StudentConfig):
 
     def comparison_temperature(self) -> float:
         return common_temperature(self.temperature, {})
+
+    def aligns_by_bytes(self) -> bool:
+        return self.teacher_alignment == "bytes"
 
     def loop(self, steps_of_one_epoch: int) -> LoopConfig:
         return replace(

@@ -36,6 +36,9 @@ class Config:
     load_checkpoint_path: str | None = chz.field(default=None, doc="weights to use instead: HF folder or adapter")
     teacher_model: str | None = chz.field(default=None, doc="also measure the reverse KL to this model")
     teacher_checkpoint: str | None = chz.field(default=None, doc="the teacher's weights: HF folder or adapter")
+    teacher_alignment: Literal["ids", "bytes"] = chz.field(
+        default="ids", doc="bytes: the teacher may have another tokenizer, and spans of text are compared"
+    )
     dataset: str = chz.field(default="arithmetic", doc="arithmetic, deepmath, tulu3, gsm8k, or a path to JSONL")
     dataset_path: str | None = chz.field(default=None, doc="a local copy of the named dataset: file or folder")
     eval_size: int = chz.field(
@@ -70,6 +73,7 @@ class Config:
             load_checkpoint_path=self.load_checkpoint_path,
             teacher_model=self.teacher_model or self.model_name,
             teacher_checkpoint=self.teacher_checkpoint if self.teacher_model else self.load_checkpoint_path,
+            teacher_alignment=self.teacher_alignment,
             system_prompt=self.system_prompt,
             chat_template_kwargs=self.chat_template_kwargs,
             temperature=self.temperature,
@@ -117,7 +121,7 @@ async def _evaluate(
     rows = setup.eval_set(data, models.student_renderer, lambda row: training.teacher_model, config.max_tokens)
     judge = None
     if config.teacher_model is not None:
-        judge = Judge(parts.learner, parts.teachers)
+        judge = Judge(parts.learner, parts.teachers, exact=not models.only_teacher.report.by_bytes)
     async with parts.sampler:
         return await evaluate(
             rows,

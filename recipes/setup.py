@@ -20,6 +20,7 @@ from envs.rendering import Renderer, make_renderer
 from errors import ConfigError, DataError
 from models import attention
 from models.adapters import adapter_bytes, add_lora, attach_adapter
+from models.byte_alignment import ByteAlignment
 from models.causal_lm import CausalLM
 from models.checks import check_pair, default_device
 from models.cpu_matmul import use_fast_exact_matmul
@@ -83,6 +84,13 @@ def check_models(config: StudentConfig, *, tools: bool = False) -> CheckedModels
     if adapter is not None and any(spec.ema_decay is not None for spec in specs):
         _check_can_be_averaged(ModelSource(student.name, adapter))
     teachers = {spec.name: _check_teacher(config, spec, student_renderer, tools=tools) for spec in specs}
+    blends = config.blends()
+    for name, weights in blends.items():
+        if foreign := next((member for member in weights if teachers[member].report.by_bytes), None):
+            raise ConfigError(
+                f"teacher {foreign} has another tokenizer, and the blend {name!r} mixes distributions over one "
+                "vocabulary. Route rows to it instead, or give it blend_weight=0"
+            )
     return CheckedModels(
         student=student,
         adapter=adapter,
@@ -92,7 +100,7 @@ def check_models(config: StudentConfig, *, tools: bool = False) -> CheckedModels
         device=device,
         compute_dtype=config.compute_dtype(device),
         shared_weights=weights_fingerprint(student) if config.lora_rank and teachers else None,
-        blends=config.blends(),
+        blends=blends,
     )
 
 
@@ -105,6 +113,7 @@ def _check_teacher(config: StudentConfig, spec: TeacherSpec, student: Renderer, 
     system_prompt = config.system_prompt if spec.system_prompt is None else spec.system_prompt
     renderer = renderer_for(source, kwargs, system_prompt or None)
     renderer.check(tools=tools, multi_turn=tools)
+    report = check_pair(spec.name, student, renderer, by_bytes=config.aligns_by_bytes())
     weights = EMA if spec.ema_decay is not None else weights_fingerprint(source)
     size = adapter_bytes(source)
     return CheckedTeacher(
@@ -112,8 +121,8 @@ def _check_teacher(config: StudentConfig, spec: TeacherSpec, student: Renderer, 
         source=source,
         weights=weights,
         renderer=renderer,
-        views=ViewMaker(student, renderer),
-        report=check_pair(spec.name, student, renderer),
+        views=ViewMaker(student, renderer, ByteAlignment(student, renderer) if report.by_bytes else None),
+        report=report,
         base=weights if size is None else weights_fingerprint(ModelSource(source.name)),
         adapter_bytes=size,
         ema_decay=spec.ema_decay,

@@ -140,6 +140,10 @@ class StudentConfig:
         """The one temperature of every logprob that is compared. Raises `ConfigError`."""
         return 1.0
 
+    def aligns_by_bytes(self) -> bool:
+        """Whether a teacher may have another tokenizer than the student."""
+        return False
+
     def student_template_kwargs(self) -> dict[str, Any]:
         """Raises `ConfigError`."""
         return json_object("chat_template_kwargs", self.chat_template_kwargs)

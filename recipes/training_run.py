@@ -88,6 +88,8 @@ async def _train(config: StudentConfig, run: TrainingRun, parts: setup.Engines, 
                 config.trackers, run_dir.path, chz.asdict(config), wandb_project=config.wandb_project
             ),
             progress=progress,
+            # whole distributions are over one vocabulary
+            exact_eval=not any(teacher.report.by_bytes for teacher in run.models.teachers.values()),
         )
         if (latest := run_dir.latest_checkpoint()) is not None:
             loop.restore(latest[1])
@@ -176,6 +178,7 @@ def print_dry_run(
 SUMMED_UP = (
     ("loss on given answers per token", "nll"),
     ("exact reverse KL per token", "exact_reverse_kl"),
+    ("sampled reverse KL per token", "reverse_kl"),
     ("accuracy, greedy", "accuracy"),
     ("accuracy, sampled", "sampled_accuracy"),
     ("reward", "reward"),
@@ -212,6 +215,8 @@ def _before_and_after(rows: Sequence[Mapping[str, Any]], scope: str) -> list[str
     lines = []
     for label, measure in SUMMED_UP:
         key = f"eval/{scope}{measure}"
+        if measure == "reverse_kl" and f"eval/{scope}exact_reverse_kl" in first:
+            continue  # the exact one has less noise
         if key in first and key in last:
             error = last[f"{key}_se"]  # None: of one row there is no error
             extra = f" ± {error:.4f}" if error is not None else ""

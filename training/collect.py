@@ -24,6 +24,7 @@ from models.types import Sampler, Scorer, Signal, SignalKind, SignalSpec, Teache
 from training.metrics import StageTimer
 from training.packing import TrainingItem
 
+UNALIGNED = "unaligned"  # why an episode is dropped that a teacher of another tokenizer cannot score at all
 SCORE_TOKENS = 4096  # views are handed to a scorer in batches of about this many tokens
 
 
@@ -133,7 +134,13 @@ class _Scoring:
         for i, teacher in enumerate(_members(self._teachers[group.teacher])):
             key = id(teacher.scorer)
             pending = self._pending.setdefault(key, [])
-            pending.extend(_Question(e, i, teacher.views.view(e)) for e in group.episodes)
+            for episode in group.episodes:
+                view = teacher.views.view(episode)
+                if len(view.positions):
+                    pending.append(_Question(episode, i, view))
+                else:
+                    self._failed[id(episode)] = UNALIGNED
+                    self.causes[UNALIGNED] = f"{episode.row_id}: student and teacher have no span of its text in common"
             if sum(len(question.view.token_ids) for question in pending) >= SCORE_TOKENS:
                 tasks.start_soon(self._score, teacher.scorer, self._pending.pop(key))
 
@@ -156,7 +163,8 @@ class _Scoring:
                     await self._score(scorer, [one])
                 return
         for question, signal in zip(pending, signals, strict=True):
-            self._answers[id(question.episode), question.member] = signal
+            spans = question.view.spans
+            self._answers[id(question.episode), question.member] = signal if spans is None else signal.of_spans(spans)
 
     async def signals(self, episodes: Sequence[Episode]) -> dict[int, Signal]:
         """By id() of the episode, of those that every teacher asked could score."""

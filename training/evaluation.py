@@ -149,8 +149,8 @@ def _shape(collected: Collected, prefix: str) -> dict[str, float]:
 def _token_mean(measured: Sequence[ItemMetrics], rows: Sequence[str], key: str, name: str) -> dict[str, float]:
     """Mean per token over all episodes, with the error of that ratio taken over rows."""
     _, row = np.unique(rows, return_inverse=True)
-    sums = np.bincount(row, [m.values[key].sum() for m in measured])
-    counts = np.bincount(row, [m.tokens for m in measured])
+    sums = np.bincount(row, [np.nansum(m.values[key]) for m in measured])
+    counts = np.bincount(row, [np.isfinite(m.values[key]).sum() for m in measured])  # NaN: not scored
     mean = sums.sum() / counts.sum()
     n = len(sums)
     spread = ((sums - mean * counts) ** 2).sum() * (n / (n - 1)) if n > 1 else math.nan

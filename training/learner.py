@@ -172,13 +172,16 @@ class Learner:
         hidden = self.lm.hidden(batch.sequences)  # [T, h]
         rows = batch.rows.to(hidden.device)
         cut = hidden.detach()[rows].requires_grad_(train)  # [n, h]
-        ahead = self._advantages(cut, batch, objective) if objective.looks_ahead else None
+        spans = _spans(batch) if objective.need is SignalKind.SAMPLED else None
+        ahead = None
+        if objective.looks_ahead or spans is not None:
+            ahead = self._advantages(cut, batch, objective, spans)
         pieces: dict[str, list[Tensor]] = {}
         for span in self._chunks(batch, objective.need):
             logits = self._logits(cut[span])
             tokens = self._token_batch(batch, span, objective.need, logits.shape[1], logits.device)
             if ahead is not None:
-                tokens = replace(tokens, advantages=ahead[span])
+                tokens = replace(tokens, advantages=ahead[span], spans=None if spans is None else spans[span])
             if tokens.teacher_logits is not None:
                 logits = logits[:, : tokens.teacher_logits.shape[1]]  # ids that only the student has
             out = objective.loss(logits, tokens)
@@ -196,14 +199,16 @@ class Learner:
         return logits if self.temperature == 1.0 else logits / self.temperature
 
     @torch.no_grad()
-    def _advantages(self, cut: Tensor, batch: PackedBatch, objective: Objective) -> Float[Tensor, " n"]:
-        """A first pass over the head, for objectives whose advantage looks at later tokens."""
+    def _advantages(
+        self, cut: Tensor, batch: PackedBatch, objective: Objective, spans: Int[Tensor, " n"] | None
+    ) -> Float[Tensor, " n"]:
+        """A first pass over the head, for objectives whose advantage looks at other tokens."""
         logprobs = []
         for span in self._chunks(batch, SignalKind.SAMPLED):
             logits = self._logits(cut[span])
             logprobs.append(token_logprobs(logits, batch.ids[span].to(logits.device)))
         whole = self._token_batch(batch, slice(0, len(batch.ids)), SignalKind.SAMPLED, 0, cut.device)
-        return objective.advantages(torch.cat(logprobs), whole, batch.counts)
+        return objective.advantages(torch.cat(logprobs), replace(whole, spans=spans), batch.counts)
 
     def _chunks(self, batch: PackedBatch, need: SignalSpec) -> Iterator[slice]:
         """Slices of the trained tokens; no slice of kind FULL spans two teachers' heads."""
@@ -240,13 +245,30 @@ def _signal(item: TrainingItem) -> Signal:
 
 
 def _teacher_logprobs(batch: PackedBatch) -> Float[Tensor, " n"]:
+    """Of each token, or its even share of its span's; NaN in no span."""
     values = []
     for item, count in zip(batch.items, batch.counts, strict=True):
-        logprobs = _signal(item).logprobs
-        if logprobs is None or len(logprobs) != count:
+        logprobs, spans = _signal(item).logprobs, _signal(item).spans
+        if logprobs is None or len(logprobs if spans is None else spans) != count:
             raise ValueError(f"episode {item.episode.row_id}: the signal has not one logprob per sampled token")
+        if spans is not None:
+            sizes = torch.bincount(spans[spans >= 0], minlength=len(logprobs))
+            logprobs = (logprobs / sizes)[spans.clamp(min=0)].masked_fill(spans < 0, math.nan)
         values.append(logprobs)
     return torch.cat(values)
+
+
+def _spans(batch: PackedBatch) -> Int[Tensor, " n"] | None:
+    """Of all episodes together; None if none of them has any."""
+    found = [_signal(item).spans for item in batch.items]
+    if all(spans is None for spans in found):
+        return None
+    joined, start = [], 0
+    for spans, count in zip(found, batch.counts, strict=True):
+        own = torch.arange(count) if spans is None else spans
+        joined.append(torch.where(own < 0, own, own + start))
+        start += count
+    return torch.cat(joined)
 
 
 def _teacher_topk(

@@ -20,6 +20,7 @@ from typing import Literal, TypeVar
 import anyio
 import anyio.abc
 import anyio.to_thread
+import numpy as np
 
 from envs.datasets import Cursor, Row
 from envs.given import GivenEpisode
@@ -331,7 +332,8 @@ def add_episode(sums: SumMetrics, item: TrainingItem, measured: ItemMetrics) -> 
     episode = item.episode
     scope = {"dataset": episode.dataset, "teacher": episode.teacher}
     for name, values in measured.values.items():
-        sums.add(_METRIC_NAMES.get(name, name), float(values.sum()), measured.tokens, **scope)
+        known = values[~np.isnan(values)]  # NaN: of a token that the teacher could not score
+        sums.add(_METRIC_NAMES.get(name, name), float(known.sum()), len(known), **scope)
     for name, opinion in item.signal.opinions.items() if item.signal else ():
         own = measured.values["kl"] + measured.values["teacher_logprob"]  # the student's logprob
         sums.add(f"teacher/{name}/kl", float((own - opinion.logprobs.numpy()).sum()), measured.tokens)

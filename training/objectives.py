@@ -31,7 +31,8 @@ class TokenBatch:
     teacher_logits: Float[Tensor, "n v"] | None = None
     topk_ids: Int[Tensor, "n k"] | None = None  # ids that the student has
     topk_logprobs: Float[Tensor, "n k"] | None = None  # of the teacher; -inf: no token there
-    advantages: Float[Tensor, " n"] | None = None  # given by `Objective.advantages`, if it looks ahead
+    advantages: Float[Tensor, " n"] | None = None  # given by `Objective.advantages`, if it looks ahead, or for spans
+    spans: Int[Tensor, " n"] | None = None  # tokens that the teacher scored as one have one number; -1: not scored
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Objective(Protocol):
 
     @property
     def looks_ahead(self) -> bool:
-        """True: `advantages` needs the whole episode's logprobs before any loss."""
+        """True: `advantages` needs the whole episode's logprobs before any loss. With spans it is asked anyway."""
         ...
 
     def loss(self, logits: Float[Tensor, "n v"], batch: TokenBatch) -> LossOutput: ...
@@ -101,6 +102,13 @@ def discounted_sums(values: Float[Tensor, " n"], lengths: Sequence[int], discoun
     return out.to(values)
 
 
+def span_sums(values: Float[Tensor, " n"], spans: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Each token's sum over its span; 0 for a token in none."""
+    inside = spans >= 0
+    sums = values.new_zeros(len(spans)).index_add_(0, spans[inside], values[inside])
+    return sums[spans.clamp(min=0)].masked_fill(~inside, 0.0)
+
+
 CLIP_DEFAULTS = {"ppo": (0.8, 1.2), "cispo": (0.0, 4.0)}
 
 
@@ -151,12 +159,20 @@ class ReverseKL:
         return self.discount > 0
 
     def advantages(self, logprobs, batch, lengths):
-        return discounted_sums(self._token_advantages(logprobs, batch), lengths, self.discount)
+        own = self._token_advantages(logprobs, batch)
+        if batch.spans is None:
+            return discounted_sums(own, lengths, self.discount)
+        # A span's advantage is that of each of its tokens, and stands once, at its first, for those before it.
+        later = (batch.spans >= 0) & (batch.spans == batch.spans.roll(1))
+        later[0] = False
+        ahead = discounted_sums(own.masked_fill(later, 0.0), lengths, self.discount)
+        return ahead + own.masked_fill(~later, 0.0)
 
     def _token_advantages(self, logprobs: Float[Tensor, " n"], batch: TokenBatch) -> Float[Tensor, " n"]:
         assert batch.teacher_logprobs is not None
         policy = logprobs.detach() if self.signal_policy == "current" else batch.sampler_logprobs
-        advantages = -self.coef * (policy - batch.teacher_logprobs)
+        gap = policy - batch.teacher_logprobs
+        advantages = -self.coef * (gap if batch.spans is None else span_sums(gap, batch.spans))
         if self.advantage_clip is not None:
             advantages = advantages.clamp(-self.advantage_clip, self.advantage_clip)
         return advantages
@@ -164,8 +180,9 @@ class ReverseKL:
     def loss(self, logits, batch):
         assert batch.teacher_logprobs is not None
         logprobs = token_logprobs(logits, batch.ids)
-        own = self._token_advantages(logprobs, batch)
+        own = self._token_advantages(logprobs, batch) if batch.spans is None else None  # a chunk may cut a span
         advantages = own if batch.advantages is None else batch.advantages
+        assert advantages is not None
         log_ratio = logprobs - batch.sampler_logprobs
         # Truncated before the exponential: a runaway ratio must not overflow on its way to the cap.
         ratio = log_ratio.clamp(-20.0, min(20.0, math.log(self.is_cap))).exp()
@@ -182,7 +199,9 @@ class ReverseKL:
             "teacher_logprob": batch.teacher_logprobs,
             **ratio_metrics(live, batch.sampler_logprobs, self.is_cap),
         }
-        if self.advantage_clip is not None:
+        if batch.spans is not None:
+            metrics["unscored"] = (batch.spans < 0).to(live.dtype)
+        if self.advantage_clip is not None and own is not None:
             metrics["advantage_clipped"] = (own.abs() >= self.advantage_clip).float()
         return LossOutput(loss, metrics)
 
