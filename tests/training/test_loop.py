@@ -70,6 +70,9 @@ class RecordingLearner:
         self.calls.append(rate)
         return {"learning_rate": rate}
 
+    def update_average(self) -> None:
+        self.calls.append("average")
+
     def weights(self) -> Any:
         return "the learner's weights"
 
