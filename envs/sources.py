@@ -262,7 +262,7 @@ def _open_hub(name: str, source: Source) -> dict[str, Split]:
 
 # --- reading --------------------------------------------------------------------------------------
 
-_CONTRACT_ONLY = ("teacher_messages", "teacher", "expected_answer", "completion")
+_CONTRACT_ONLY = ("teacher_messages", "teacher_hints", "teacher", "expected_answer", "completion")
 
 
 @dataclass(frozen=True)

@@ -184,6 +184,7 @@ def _rows(config: Config) -> Dataset:
     data = load_dataset_rows(
         config.dataset, config.dataset_path, eval_size=0, seed=config.seed, max_rows=config.max_rows
     )
+    setup.refuse_hints(data.train)
     for row in data.train:
         if row.teacher not in (None, config.teacher_model):
             raise DataError(

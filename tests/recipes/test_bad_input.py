@@ -166,6 +166,14 @@ def test_a_broken_row_is_named_by_file_and_line(
     assert_refused(capfd, tmp_path, argv, f"{file}:3: ", reason)
 
 
+def test_hints_on_the_way_where_an_episode_is_one_turn(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, models: Models
+):
+    file = write(tmp_path / "rows.jsonl", GOOD, {**GOOD, "teacher_hints": [{"messages": GOOD["messages"]}]})
+    argv = tiny_models.argv(tmp_path / "run", models, dataset=file, eval_size=0)
+    assert_refused(capfd, tmp_path, argv, "rows:2: has teacher_hints, which come after a turn", "teacher_messages")
+
+
 def test_a_file_without_rows_or_with_fewer_than_are_held_out(
     capfd: pytest.CaptureFixture[str], tmp_path: Path, models: Models
 ):

@@ -98,7 +98,7 @@ def test_it_reads_the_privileged_prompt_with_the_average_s_weights(tmp_path: Pat
         assert [x for x in row["teacher_logprobs"] if x is not None] == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_decay_0_is_the_student_of_the_last_step(how: str, tmp_path: Path, student: str, models: dict[str, str]):
     """Without a hint it has nothing to say; the average is the student, bit for bit."""
     given = {"model_name": student, "teacher_model": "ema", "teacher_ema_decay": 0, "max_steps": 2, "save_every": 1}
@@ -111,7 +111,7 @@ def test_decay_0_is_the_student_of_the_last_step(how: str, tmp_path: Path, stude
     assert not torch.equal(*(next(iter(trained(step, how).values())) for step in (path / "checkpoints").iterdir()))
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", [pytest.param("full", marks=pytest.mark.slow), "lora"])
 def test_a_run_goes_on_with_the_average_that_it_had(how: str, tmp_path: Path, student: str, hinted: str):
     given = options(student, hinted, **HOW[how])
     whole = run(tmp_path / "whole", {}, **given, max_steps=3, save_every=2)

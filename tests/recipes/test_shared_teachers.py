@@ -14,6 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import episodes, final, training_rows, weights
 from transformers import AutoModelForCausalLM
 
+from models.adapters import adapter_bytes
+from models.sources import ModelSource
 from recipes import on_policy_multi_teacher as recipe
 from recipes import setup
 from recipes.cli import parse_config
@@ -148,23 +150,25 @@ def test_a_full_student_s_lora_teachers_share_a_base_of_their_own(
         assert part in out, out
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"targets": ("lm_head", "q_proj")},
-        {"targets": ("q_proj",), "modules_to_save": ["embed_tokens"]},
-        {"targets": ("q_proj", "embed_tokens")},
-    ],
-    ids=["head", "trained embedding", "adapted embedding"],
-)
-def test_an_adapter_of_more_than_the_trunk_is_merged_into_a_copy(tmp_path: Path, student: str, options: dict[str, Any]):
-    adapter = make_adapter(tmp_path / "adapter", student, seed=5, **options)
+MORE_THAN_THE_TRUNK: list[dict[str, Any]] = [
+    {"targets": ("lm_head", "q_proj")},
+    {"targets": ("q_proj",), "modules_to_save": ["embed_tokens"]},
+    {"targets": ("q_proj", "embed_tokens")},
+    {"targets": ("q_proj",), "use_dora": True},
+]
+
+
+def test_an_adapter_of_more_than_the_trunk_is_merged_into_a_copy(tmp_path: Path, student: str, first: str):
+    adapters = [make_adapter(tmp_path / f"{i}", student, seed=5, **o) for i, o in enumerate(MORE_THAN_THE_TRUNK)]
+    assert [adapter_bytes(ModelSource(student, adapter)) for adapter in adapters] == [None] * 4
+    shapes = [tensor.numel() for tensor in weights(Path(first)).values()]
+    assert adapter_bytes(ModelSource(student, first)) == 4 * sum(shapes)
     with tiny_models.captured_engines() as engines:
-        path = run(tmp_path / "run", student, (student, adapter), lora_rank=2, max_steps=1)
+        path = run(tmp_path / "run", student, (student, adapters[0]), lora_rank=2, max_steps=1)
     (parts,) = engines
-    assert not isinstance(parts.teacher_lms[adapter].model, PeftModel)
+    assert not isinstance(parts.teacher_lms[adapters[0]].model, PeftModel)
     row = episodes(path, 1)[0]
-    expected = read(student, adapter, row["token_ids"], row["sampled"])
+    expected = read(student, adapters[0], row["token_ids"], row["sampled"])
     assert [x for x in row["teacher_logprobs"] if x is not None] == pytest.approx(expected, abs=1e-4)
 
 
