@@ -22,7 +22,8 @@ class ViewMaker:
     Where both formats are the same and nothing privileged is given, the view is the episode itself.
     Otherwise the prompt and the environment's messages, with the teacher's hints after them, are rendered anew in
     the teacher's format and the sampled ids copied. Where the formats end a turn with different tokens, these two
-    ids trade places, so that the student's end-of-turn is judged as the teacher's.
+    ids trade places, so that the student's end-of-turn is judged as the teacher's. With an `alignment` the sampled
+    text is written in the teacher's tokens, and the view has spans.
     """
 
     student: Renderer
