@@ -56,9 +56,10 @@ class RecordingLearner:
     """Writes down what it is asked. Its KL of a token is the token's id."""
 
     calls: list[Any] = field(default_factory=list)
+    averaged: list[int] = field(default_factory=list)  # after how many calls
     lm: Any = field(default_factory=lambda: SimpleNamespace(device="cpu"))
 
-    def forward_backward(self, items: Sequence[TrainingItem], objective: Any) -> list[ItemMetrics]:
+    def forward_backward(self, items: Sequence[TrainingItem], objective: Any, scales: Any = None) -> list[ItemMetrics]:
         self.calls.append([int(item.episode.token_ids[1]) for item in items])
         return self.measure(items, objective)
 
@@ -71,7 +72,7 @@ class RecordingLearner:
         return {"learning_rate": rate}
 
     def update_average(self) -> None:
-        self.calls.append("average")
+        self.averaged.append(len(self.calls))
 
     def weights(self) -> Any:
         return "the learner's weights"
@@ -189,6 +190,7 @@ async def test_substeps_take_whole_groups_in_order(substeps: int, sizes: list[in
     assert flat[::2] == flat[1::2] and sorted(set(flat)) == sorted(flat[::2])
     expected = [int(row.row_id) for row in plan("data", 20, 5).cursor.next(5)]
     assert flat[::2] == expected
+    assert made.learner.averaged == [2 * len(sizes)]  # a teacher that is the average changes between batches alone
 
 
 @pytest.mark.anyio
