@@ -55,6 +55,10 @@ class SamplerError(InfrastructureError):
     reason = "sampler"
 
 
+class SamplerUnavailableError(ProtegeError):
+    """No engine is left that could answer: the run ends, and goes on from its last checkpoint."""
+
+
 class NoSignalError(ProtegeError):
     """A step has nothing to train on, or too many episodes were dropped."""
 

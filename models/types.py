@@ -150,6 +150,10 @@ class WeightSource(Protocol):
         """Write the whole model as `from_pretrained` loads it, an adapter merged in, without a tokenizer."""
         ...
 
+    def save_base(self, folder: Path) -> None:
+        """The same without the adapter."""
+        ...
+
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter alone, in PEFT's format."""
         ...

@@ -23,10 +23,11 @@ class LMWeights:
     def has_adapter(self) -> bool:
         return hasattr(self._lm.model, "peft_config")
 
-    @torch.no_grad()
     def save(self, folder: Path) -> None:
-        model = self._lm.model.get_base_model() if self.has_adapter else self._lm.model  # type: ignore[operator]
-        model.save_pretrained(folder, state_dict=self._state())  # type: ignore[union-attr]
+        self._save(folder, merged=True)
+
+    def save_base(self, folder: Path) -> None:
+        self._save(folder, merged=False)
 
     def save_adapter(self, folder: Path) -> None:
         model: Any = self._lm.model
@@ -39,18 +40,23 @@ class LMWeights:
         logits = self._lm.logits(self._lm.hidden([ids])[:-1]) / temperature  # [T-1, v]
         return logits.log_softmax(-1).gather(1, ids[1:, None].to(logits.device))[:, 0].tolist()
 
-    def _state(self) -> dict[str, Tensor]:
+    @torch.no_grad()
+    def _save(self, folder: Path, *, merged: bool) -> None:
+        model: Any = self._lm.model
+        model = model.get_base_model() if self.has_adapter else model
+        model.save_pretrained(folder, state_dict=self._state(model, merged))
+
+    def _state(self, model: Any, merged: bool) -> dict[str, Tensor]:
         """By the names of the model without its adapter, each tensor once however many names it has."""
-        model = self._lm.model.get_base_model() if self.has_adapter else self._lm.model  # type: ignore[operator]
-        adapted = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}  # type: ignore[union-attr]
+        adapted = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
         state: dict[str, Tensor] = {}
         seen: set[tuple[int, torch.Size]] = set()
-        for name, tensor in model.state_dict().items():  # type: ignore[union-attr]
+        for name, tensor in model.state_dict().items():
             if ".lora_" in name or (place := (tensor.data_ptr(), tensor.shape)) in seen:
                 continue
             seen.add(place)
             module, base, leaf = name.rpartition(".base_layer.")
-            if base and leaf == "weight":
+            if merged and base and leaf == "weight":
                 layer = adapted[module]
                 for adapter in set(layer.active_adapters) & set(layer.lora_A):  # a teacher's may have a layer to itself
                     tensor = tensor.float() + layer.get_delta_weight(adapter).float()  # type: ignore[operator]

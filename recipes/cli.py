@@ -31,7 +31,8 @@ from chz.blueprint import (
     InvalidBlueprintArg,
     MissingBlueprintArg,
 )
-from chz.tiepin import type_repr
+from chz.factories import MetaFactory, MetaFromString
+from chz.tiepin import CastError, type_repr
 from chz.util import MISSING
 
 from errors import ConfigError, ProtegeError, UserError
@@ -101,6 +102,30 @@ def _pairs(argv: Sequence[str]) -> dict[str, str]:
 # Options
 
 
+class ByName(MetaFactory):
+    """A nested config whose class is chosen by name, as in `sampler=vllm`. Options of it, given alone, imply the
+    class that has them all."""
+
+    def __init__(self, classes: Mapping[str, type], *, implied: str) -> None:
+        super().__init__()
+        self.classes = classes
+        self.implied = implied
+
+    def unspecified_factory(self) -> type:
+        return self.classes[self.implied]
+
+    def from_string(self, factory: str) -> type:
+        if factory not in self.classes:
+            raise MetaFromString(f"expected one of {', '.join(self.classes)}")
+        return self.classes[factory]
+
+    def perform_cast(self, value: str) -> Any:
+        raise CastError(value)  # a name stands for a class, which its options then make
+
+    def name_of(self, value: Any) -> str:
+        return next(name for name, option in self.classes.items() if type(value) is option)
+
+
 @dataclass(frozen=True)
 class Option:
     """One field of the config, nested ones with dots, those of a list's entries with `.N.`."""
@@ -131,8 +156,11 @@ def options(config_class: type, prefix: str = "", instance: Any = None) -> Itera
             value = field._default
         elif field._default_factory is not MISSING:
             value = typing.cast(Callable[[], Any], field._default_factory)()
-        nested = _nested_class(field.x_type)
-        yield Option(prefix + name, field.x_type, "''" if value == "" else str(value), field._doc)
+        nested, kind = _nested_class(field.x_type), field.x_type
+        if isinstance(field.meta_factory, ByName):
+            nested, kind = field.meta_factory.unspecified_factory(), typing.Literal[tuple(field.meta_factory.classes)]
+            value = value if isinstance(value, str) else field.meta_factory.name_of(value)
+        yield Option(prefix + name, kind, "''" if value == "" else str(value), field._doc)
         if nested is not None:
             yield from options(nested, f"{prefix}{name}.", value if isinstance(value, nested) else None)
         if (entry := _entry_class(field.x_type)) is not None:
@@ -191,6 +219,9 @@ def _explain(message: str, config_class: type, given: Mapping[str, str]) -> str:
     """chz's message about a bad pair, as: what was given, what was expected, the way out."""
     known = {option.name: option for option in options(config_class)}
     if found := re.match(r"Extraneous argument '(.+)' to Blueprint", message):
+        parent = found[1].rpartition(".")[0]
+        if found[1] in known and parent in given:
+            return f"{found[1]}={given[found[1]]}: {parent}={given[parent]} has no such option; leave one of them out"
         return _explain_unknown(found[1], known)
     if found := re.match(r"Missing required arguments for parameter\(s\): (.+)", message):
         names = {name: known.get(_of_any_entry(name)) for name in found[1].split(", ")}

@@ -38,7 +38,7 @@ from training.trackers import check_trackers
 
 logger = logging.getLogger(__name__)
 
-_NOT_HERE = ("max_tokens", "sampler_slots", "eval_every")
+_NOT_HERE = ("max_tokens", "sampler", "sampler_slots", "eval_every")
 """Options of every student that have no meaning where nothing is sampled."""
 
 

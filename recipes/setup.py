@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import anyio
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -27,9 +28,11 @@ from models.cpu_matmul import use_fast_exact_matmul
 from models.loading import estimate_memory, load_config, load_model, load_tokenizer
 from models.sources import ModelSource, check_source, is_adapter
 from models.teacher_view import ViewMaker
-from models.transformers_sampler import TransformersSampler
 from models.transformers_scorer import TransformersScorer
-from recipes import embedded
+from models.types import Sampler
+from models.vllm.preflight import ServerFacts, check_servers
+from recipes import embedded, samplers
+from recipes.sampler_config import VLLMConfig, check_installed
 from recipes.student_config import StudentConfig
 from recipes.teachers import EMA, CheckedTeacher, TeacherSpec, by_base, by_weights, weights_fingerprint
 from training.collect import Teacher
@@ -53,6 +56,7 @@ class CheckedModels:
     compute_dtype: torch.dtype
     shared_weights: str | None  # a LoRA student's base: a teacher of these weights is not loaded again
     blends: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # by name, the members' weights
+    servers: tuple[ServerFacts, ...] = ()  # that sample the student
 
     def readers(self, name: str) -> list[CheckedTeacher]:
         """The teacher of that name, or those of the blend."""
@@ -76,6 +80,7 @@ def check_models(config: StudentConfig, *, tools: bool = False) -> CheckedModels
     Raises `UserError`s.
     """
     device = default_device(config.device)
+    check_installed(config.sampler)
     student, adapter = student_source(config)
     check_source(student)
     student_renderer = renderer_for(student, config.student_template_kwargs(), config.system_prompt)
@@ -91,17 +96,39 @@ def check_models(config: StudentConfig, *, tools: bool = False) -> CheckedModels
                 f"teacher {foreign} has another tokenizer, and the blend {name!r} mixes distributions over one "
                 "vocabulary. Route rows to it instead, or give it blend_weight=0"
             )
+    servers = _check_servers(config, student_renderer, device)
     return CheckedModels(
         student=student,
         adapter=adapter,
         student_renderer=student_renderer,
         teachers=teachers,
-        context_length=_context_length(student, *(teacher.source for teacher in teachers.values())),
+        context_length=_shortest(
+            _context_length(student, *(teacher.source for teacher in teachers.values())),
+            *(server.max_model_len for server in servers),
+            config.sampler.max_model_len if isinstance(config.sampler, VLLMConfig) else None,
+        ),
         device=device,
         compute_dtype=config.compute_dtype(device),
         shared_weights=weights_fingerprint(student) if config.lora_rank and teachers else None,
         blends=blends,
+        servers=servers,
     )
+
+
+def _check_servers(config: StudentConfig, student: Renderer, device: torch.device) -> tuple[ServerFacts, ...]:
+    if not isinstance(config.sampler, VLLMConfig) or config.sampler.url is None:
+        return ()
+
+    async def check() -> list[ServerFacts]:
+        assert isinstance(config.sampler, VLLMConfig)
+        dtype = samplers.dtype_name(config.compute_dtype(device))
+        return await check_servers(config.sampler.urls(), student.tokenizer, dtype=dtype, lora_rank=config.lora_rank)
+
+    return tuple(anyio.run(check))
+
+
+def _shortest(*lengths: int | None) -> int | None:
+    return min((length for length in lengths if length is not None), default=None)
 
 
 def _check_teacher(config: StudentConfig, spec: TeacherSpec, student: Renderer, *, tools: bool) -> CheckedTeacher:
@@ -259,6 +286,7 @@ def memory_lines(config: StudentConfig, models: CheckedModels) -> list[str]:
             lines.append(f"{title}{line}")
             total += size
             lines += [f"teacher {other.name}: shares the weights of {teacher.name}" for other in others]
+    lines += samplers.memory_lines(config, models.device, models.compute_dtype)
     lines.append(f"in all: {_gib(total)}, and activations of {config.token_budget(models.device)} tokens at a time")
     return lines
 
@@ -294,13 +322,15 @@ class Engines:
     """Loaded models and what runs on them. Teachers of the same weights share one model and one scorer."""
 
     learner: Learner
-    sampler: TransformersSampler
+    sampler: Sampler
     teachers: dict[str, Teacher]
     teacher_lms: dict[str, CausalLM]  # by the same names
 
 
-def build_engines(config: StudentConfig, models: CheckedModels, resume_from: Path | None) -> Engines:
-    """Load the weights, the student's from a checkpoint of this run if there is one."""
+def build_engines(
+    config: StudentConfig, models: CheckedModels, resume_from: Path | None, folder: Path | None = None
+) -> Engines:
+    """Load the weights, the student's from a checkpoint of this run if there is one. `folder`: of the run."""
     student = _trained_student(config, models, resume_from)
     average: WeightAverage | None = None
     lms: dict[str, CausalLM] = {}
@@ -316,7 +346,7 @@ def build_engines(config: StudentConfig, models: CheckedModels, resume_from: Pat
         else:
             found = _on_one_base(load_teacher(config, models, firsts[0].base_source), firsts)
         lms |= {teacher.name: lm for lm, same in zip(found, groups, strict=True) for teacher in same}
-    return assemble(config, models, student, lms, average)
+    return assemble(config, models, student, lms, average, folder)
 
 
 def _on_one_base(host: CausalLM, teachers: Sequence[CheckedTeacher]) -> list[CausalLM]:
@@ -335,6 +365,7 @@ def assemble(
     student: CausalLM,
     teacher_lms: Mapping[str, CausalLM],
     average: WeightAverage | None = None,
+    folder: Path | None = None,
 ) -> Engines:
     temperature = config.comparison_temperature()
     learner = Learner(
@@ -345,7 +376,9 @@ def assemble(
         reduction=config.loss_reduction,
         average=average,
     )
-    sampler = TransformersSampler(student, models.student_renderer.tokenizer, slots=config.sampler_slots)
+    sampler = samplers.make_sampler(
+        config, student, models.student_renderer.tokenizer, servers=models.servers, folder=folder
+    )
     teachers: dict[str, Teacher] = {}
     for same in by_weights(models.teachers).values():
         scorer = TransformersScorer(

@@ -14,6 +14,8 @@ import chz
 import torch
 
 from errors import ConfigError
+from recipes.cli import ByName
+from recipes.sampler_config import ENGINES, SamplerConfig, TransformersConfig
 from recipes.teachers import TeacherSpec
 from training.learner import OptimizerConfig
 from training.loop import LoopConfig, Schedule
@@ -23,10 +25,11 @@ MAY_DIFFER_ON_RESUME = frozenset(
     {
         "max_steps", "eval_every", "eval_samples", "save_every", "keep_checkpoints", "max_dropped_fraction",
         "behavior_if_log_dir_exists", "dry_run", "trackers", "wandb_project", "log_path", "device",
-        "eval_teacher",
+        "eval_teacher", "sampler",
     }
 )  # fmt: skip
-"""Options that a resumed run may change: at the same device, none changes what a step computes."""
+"""Options that a resumed run may change: at the same device, none changes what a step computes. Engines round
+unlike each other, but the student that they sample is the same."""
 
 
 @chz.chz
@@ -55,6 +58,12 @@ class StudentConfig:
     )
 
     # generation
+    sampler: SamplerConfig = chz.field(
+        default=TransformersConfig(),
+        meta_factory=ByName(ENGINES, implied="vllm"),
+        doc="transformers: in this process, on the learner's own weights; vllm: on a copy, faster on GPUs "
+        "(docs/vllm.md). Any of the options below implies vllm",
+    )
     max_tokens: int = chz.field(default=512, doc="longest answer of one turn, in tokens")
     sampler_slots: int = chz.field(default=64, doc="largest batch of concurrent generation")
 

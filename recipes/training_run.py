@@ -56,7 +56,7 @@ def train(config: StudentConfig, run: TrainingRun) -> None:
     )
     with run_dir:
         try:
-            parts = compute_blocking(setup.build_engines, config, run.models, _resume_folder(run_dir))
+            parts = compute_blocking(setup.build_engines, config, run.models, _resume_folder(run_dir), run_dir.path)
             anyio.run(_train, config, run, parts, run_dir)
         except BaseException:
             run_dir.discard_if_empty()  # an empty folder would only refuse the corrected command

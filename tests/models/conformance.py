@@ -78,7 +78,7 @@ class SamplerSuite:
     def engine(self) -> SamplerEngine:
         raise NotImplementedError
 
-    @pytest.fixture
+    @pytest.fixture(scope="module")  # an engine may be shared by a module's tests
     def anyio_backend(self) -> str:
         return "asyncio"
 
@@ -313,7 +313,7 @@ class ScorerSuite:
     def engine(self) -> ScorerEngine:
         raise NotImplementedError
 
-    @pytest.fixture
+    @pytest.fixture(scope="module")  # an engine may be shared by a module's tests
     def anyio_backend(self) -> str:
         return "asyncio"
 

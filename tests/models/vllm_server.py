@@ -39,6 +39,11 @@ SMALL_CPU = {
 UPDATABLE = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 """What a server needs in its environment to take new weights and adapters."""
 
+SAMPLER_FLAGS = (
+    "--enable-scale-out", "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm",
+)  # fmt: skip
+"""What a server needs to sample for a student."""
+
 
 @dataclass
 class Server:

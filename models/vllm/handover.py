@@ -1,0 +1,150 @@
+"""New weights for engines that keep a copy: written to the run's folder, read by every engine, and proven there."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerBase
+
+from envs.types import SamplingParams, StopCondition
+from errors import ProtegeError
+from models.device_thread import compute
+from models.types import WeightSource
+from models.vllm.engine import Engine, Transient
+from models.vllm.pool import Member
+
+PROBE = "Weights that were handed over must say the same here as there: 2 + 2 = "
+PROBE_TOKENS = 16
+ALLOWED = {"float32": 1e-3, "bfloat16": 0.1}
+"""Largest mean difference, in nats, of an engine's logprobs from the learner's that is rounding."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What all engines of a run have in common."""
+
+    folder: Path  # of the run: weights lie in it while they are handed over
+    tokenizer: PreTrainedTokenizerBase
+    dtype: str  # of the computation: float32 or bfloat16
+
+
+@dataclass(frozen=True)
+class Handed:
+    label: str  # of the weights, which engines give back with every answer
+    adapter: str | None  # the adapter to ask for; None where the engines' own weights are the learner's
+
+
+class Handover:
+    """`run` is in every label: two runs that use one server find each other out."""
+
+    def __init__(self, model: Model, temperature: float, run: str) -> None:
+        self._model = model
+        self._temperature = temperature
+        self._run = run
+        self._adapters: list[tuple[str, Path]] = []  # the last ones, as requests in flight still use them
+
+    def version_of(self, label: str) -> int | None:
+        """None for weights of somebody else."""
+        run, _, version = label.rpartition("-")
+        return int(version) if run == f"protege-{self._run}" and version.isdigit() else None
+
+    async def to(self, members: Sequence[Member], source: WeightSource, version: int) -> Handed:
+        """Engines that are gone are taken out. Raises `ProtegeError` if one that is there has not got the weights."""
+        label = f"protege-{self._run}-{version}"
+        adapter = label if source.has_adapter and all(m.engine.takes_adapters for m in members) else None
+        folder = self._model.folder / f".tmp-{label}"
+        try:
+            await self._start(members, source, folder / "base", with_adapter=adapter is None)
+            if adapter is None:
+                await self._write(source.save, folder / "model")
+            else:
+                await self._drop_older(members)
+                await self._write(source.save_adapter, folder / "adapter")
+            async with anyio.create_task_group() as tasks:
+                for member in members:
+                    if member.down is None:
+                        tasks.start_soon(self._give, member, folder, label, adapter, source)
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
+        finally:
+            if adapter is None:
+                await _remove(folder)
+            else:
+                await _remove(folder / "base")
+        if adapter is not None:
+            self._adapters.append((adapter, folder))
+        return Handed(label, adapter)
+
+    async def clean(self) -> None:
+        for _, folder in self._adapters:
+            await _remove(folder)
+
+    async def _start(
+        self, members: Sequence[Member], source: WeightSource, folder: Path, *, with_adapter: bool
+    ) -> None:
+        """Engines in this process begin with the first weights that there are."""
+        for member in members:
+            if not member.engine.started:
+                await self._write(source.save if with_adapter else source.save_base, folder)
+                await anyio.to_thread.run_sync(self._model.tokenizer.save_pretrained, folder)
+                await member.engine.start(folder)
+
+    async def _give(self, member: Member, folder: Path, label: str, adapter: str | None, source: WeightSource) -> None:
+        try:
+            await member.engine.wake()
+            if adapter is None:
+                await member.engine.reload(folder / "model", label)
+            else:
+                await member.engine.load_adapter(folder / "adapter", adapter)
+            await self._prove(member.engine, label, adapter, source)
+        except Transient as error:  # gone meanwhile: it gets them when it is back, at the next update
+            member.take_out(str(error))
+
+    async def _prove(self, engine: Engine, label: str, adapter: str | None, source: WeightSource) -> None:
+        """Raises `ProtegeError` unless what the engine samples is as likely under the learner's weights as it says."""
+        prompt = self._model.tokenizer.encode(PROBE, add_special_tokens=False)
+        how = SamplingParams(PROBE_TOKENS, StopCondition(frozenset()), self._temperature, seed=1)
+        answer = await engine.generate(prompt, how, adapter)
+        of_learner = await compute(source.logprobs, [*prompt, *answer.token_ids], self._temperature)
+        pairs = list(zip(answer.logprobs, of_learner[len(prompt) - 1 :], strict=True))
+        difference = sum(abs(a - b) for a, b in pairs) / len(pairs)
+        allowed = ALLOWED[self._model.dtype]
+        if answer.label != label or not difference <= allowed:
+            mine, theirs = (sum(values) / len(pairs) for values in zip(*pairs, strict=True))
+            raise ProtegeError(
+                f"{engine.name} did not take the weights {label!r}: it says {answer.label!r}, and gives "
+                f"{len(pairs)} probed tokens a mean logprob of {mine:.4f} where the learner gives {theirs:.4f} "
+                f"(mean difference {difference:.2g}, allowed for {self._model.dtype}: {allowed:g}). Is it another "
+                "model, another number type, or not started with --logprobs-mode processed_logprobs? "
+                "The run can be resumed"
+            )
+
+    async def _drop_older(self, members: Sequence[Member]) -> None:
+        """All adapters but the last, whose requests may still be in flight."""
+        older, self._adapters = self._adapters[:-1], self._adapters[-1:]
+        for name, folder in older:
+            for member in members:
+                if member.down is None and await member.engine.has_adapter(name):
+                    await member.engine.drop_adapter(name)
+            await _remove(folder)
+
+    async def _write(self, save: Callable[[Path], None], folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            await compute(save, folder)
+        except (OSError, SafetensorError) as error:
+            raise ProtegeError(
+                f"the weights for vLLM could not be written to {folder}: {error}. Make room for one copy of the model "
+                "there, or give another log_path; the run can be resumed"
+            ) from error
+
+
+async def _remove(folder: Path) -> None:
+    with anyio.CancelScope(shield=True):
+        await anyio.to_thread.run_sync(lambda: shutil.rmtree(folder, ignore_errors=True))

@@ -1,0 +1,232 @@
+"""vLLM's engine in this process: its core and workers are child processes, which end with the run."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import itertools
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import psutil
+
+from envs.types import SamplingParams
+from errors import ProtegeError, SamplerError
+from models.vllm.engine import Answer, Outdated, Transient, Unreachable, checked_answer, sampling_params
+from models.vllm.orphans import end_with_this_process
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for
+QUIET = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    dtype: str  # of the computation: float32 or bfloat16
+    max_num_seqs: int  # largest batch
+    max_model_len: int | None = None  # None: the model's own
+    gpu_memory_utilization: float = 0.9  # of the whole device, weights included
+    kv_cache_gib: float | None = None  # None: what gpu_memory_utilization leaves
+    enforce_eager: bool = False
+    tensor_parallel_size: int = 1
+    lora_rank: int = 0
+    sleeps: bool = False  # gives its memory back while the learner trains
+    seed: int = 0
+
+    def arguments(self, model: Path) -> dict[str, Any]:
+        """Of vLLM's `AsyncEngineArgs`."""
+        given: dict[str, Any] = {
+            "model": str(model),
+            "dtype": self.dtype,
+            "max_num_seqs": self.max_num_seqs,
+            "max_model_len": self.max_model_len,
+            "gpu_memory_utilization": self.gpu_memory_utilization,
+            "enforce_eager": self.enforce_eager,
+            "tensor_parallel_size": self.tensor_parallel_size,
+            "seed": self.seed % 2**31,
+            "logprobs_mode": "processed_logprobs",  # of the distribution that is sampled from
+            "generation_config": "vllm",  # not the model's
+            "enable_prefix_caching": True,
+            "enable_sleep_mode": self.sleeps,
+            "disable_log_stats": True,
+        }
+        if self.kv_cache_gib is not None:
+            given["kv_cache_memory_bytes"] = int(self.kv_cache_gib * 2**30)
+        if self.lora_rank:
+            rank = next((rank for rank in LORA_RANKS if rank >= self.lora_rank), self.lora_rank)
+            # Two: an old adapter finishes what it has begun while the new one begins.
+            given |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 2, "max_cpu_loras": 2}
+        return given
+
+
+class InProcessEngine:
+    """`Engine` that belongs to this process. It starts with the first weights that it is given."""
+
+    name = "vLLM's engine in this process"
+
+    def __init__(self, options: EngineOptions) -> None:
+        self.options = options
+        self._llm: Any = None
+        self._children: list[psutil.Process] = []
+        self._requests = itertools.count()
+        self._adapters: dict[str, Any] = {}  # vLLM's requests for them
+        self._adapter_ids = itertools.count(1)
+        self._asleep = False
+
+    @property
+    def takes_adapters(self) -> bool:
+        return self.options.lora_rank > 0
+
+    async def open(self) -> None: ...
+
+    @property
+    def started(self) -> bool:
+        return self._llm is not None
+
+    async def start(self, model: Path) -> None:
+        before = set(psutil.Process().children(recursive=True))
+        with anyio.CancelScope(shield=True):  # half an engine could not be ended
+            try:
+                self._llm = await anyio.to_thread.run_sync(_start, self.options.arguments(model))
+            except Exception as error:
+                raise ProtegeError(
+                    f"vLLM did not start ({type(error).__name__}: {error}). Its own messages are above; "
+                    "see docs/vllm.md for what decides its memory, context and number types"
+                ) from error
+            finally:
+                self._children = [p for p in psutil.Process().children(recursive=True) if p not in before]
+        end_with_this_process(self._children)
+
+    async def close(self) -> None:
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(llm.shutdown, 10.0)
+                await anyio.to_thread.run_sync(_end, self._children)
+        self._adapters.clear()
+
+    async def generate(self, prompt_ids: Sequence[int], params: SamplingParams, adapter: str | None) -> Answer:
+        if self._llm is None:
+            raise SamplerError(f"{self.name} has no weights yet: update_weights gives it some")
+        if adapter is not None and adapter not in self._adapters:
+            raise Outdated(f"{self.name} does not have the adapter {adapter}")
+        request = asyncio.ensure_future(self._generate(list(prompt_ids), params, self._adapters.get(adapter or "")))
+        try:
+            await asyncio.wait([request])
+        finally:
+            if not request.done():  # cancelled: vLLM aborts a request whose task is cancelled, once
+                request.cancel()
+                with anyio.CancelScope(shield=True):
+                    await asyncio.wait([request])
+        return _of_output(self.name, request.result(), adapter)
+
+    async def _generate(self, prompt_ids: list[int], params: SamplingParams, adapter: Any) -> Any:
+        vllm = _import("vllm.sampling_params")
+        last = None
+        try:
+            how = vllm.SamplingParams(**sampling_params(params), output_kind=vllm.RequestOutputKind.FINAL_ONLY)
+            name = f"protege-{next(self._requests)}"
+            async for output in self._llm.generate({"prompt_token_ids": prompt_ids}, how, name, lora_request=adapter):
+                last = output
+        except (_import("vllm.exceptions").VLLMClientError, ValueError) as error:
+            raise SamplerError(f"{self.name} refused a request: {error}") from error
+        except Exception as error:
+            self._raise_if_dead(error)
+            raise Transient(f"{self.name} failed: {type(error).__name__}: {error.__cause__ or error}") from error
+        return last
+
+    async def check_alive(self) -> None:
+        if self._llm is None or self._llm.errored:
+            raise Unreachable(f"{self.name} has died")
+
+    async def label(self) -> str:
+        return str(await self._call("get_weight_version"))
+
+    async def reload(self, folder: Path, label: str) -> None:
+        await self._call("pause_generation", mode="keep", clear_cache=True)
+        try:
+            await self._call("collective_rpc", "reload_weights", kwargs={"weights_path": str(folder.absolute())})
+            await self._call("update_weight_version", label)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._call("resume_generation")
+
+    async def load_adapter(self, folder: Path, name: str) -> None:
+        adapter = _import("vllm.lora.request").LoRARequest(name, next(self._adapter_ids), str(folder.absolute()))
+        await self._call("add_lora", adapter)
+        self._adapters[name] = adapter
+
+    async def drop_adapter(self, name: str) -> None:
+        await self._call("remove_lora", self._adapters.pop(name).lora_int_id)
+
+    async def has_adapter(self, name: str) -> bool:
+        return name in self._adapters
+
+    async def sleep(self) -> None:
+        if self._llm is not None and self.options.sleeps and not self._asleep:
+            await self._call("sleep", level=1)  # weights to the host's memory, keys and values away
+            self._asleep = True
+
+    async def wake(self) -> None:
+        if self._asleep:
+            await self._call("wake_up")
+            self._asleep = False
+
+    async def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Of the engine. Raises `Unreachable`, `ProtegeError`."""
+        try:
+            return await getattr(self._llm, method)(*args, **kwargs)
+        except Exception as error:
+            self._raise_if_dead(error)
+            raise ProtegeError(f"{self.name}: {method} failed: {error}") from error
+
+    def _raise_if_dead(self, error: Exception) -> None:
+        if self._llm is None or self._llm.errored:
+            raise Unreachable(f"{self.name} has died; its own messages are above") from error
+
+
+def _start(arguments: dict[str, Any]) -> Any:
+    """In a thread: it takes a while."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    with _sigint_blocked():
+        engine_args = _import("vllm.engine.arg_utils").AsyncEngineArgs(**arguments)
+        return _import("vllm.v1.engine.async_llm").AsyncLLM.from_engine_args(engine_args)
+
+
+def _import(name: str) -> Any:
+    """Not at the top: the rest of Protege runs without vLLM."""
+    return importlib.import_module(name)
+
+
+@contextlib.contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    """Processes that this thread starts never see Ctrl-C, which the run still needs its engine after."""
+    old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old)
+
+
+def _end(children: Sequence[psutil.Process]) -> None:
+    for child in psutil.wait_procs(list(children), timeout=5)[1]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+
+
+def _of_output(name: str, output: Any, adapter: str | None) -> Answer:
+    if output is None:
+        raise Transient(f"{name} gave no answer")
+    (found,) = output.outputs
+    ids = list(found.token_ids)
+    steps = found.logprobs or []
+    logprobs = [step[token].logprob for step, token in zip(steps, ids, strict=False) if token in step]
+    label = adapter or (found.weight_versions[0].version if found.weight_versions else "")
+    return checked_answer(name, ids, logprobs, found.finish_reason, label)

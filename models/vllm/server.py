@@ -1,0 +1,148 @@
+"""A server started with `vllm serve`: token ids over HTTP by vLLM's token-in-token-out endpoint.
+
+That endpoint takes vLLM's own sampling parameters, adds no text, no default of the model's and no rounding, and says
+which weights drew the tokens. `/v1/completions` does the same by detours, and does not say it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx2
+
+from envs.types import SamplingParams
+from errors import ProtegeError, SamplerError
+from models.vllm.engine import Answer, Outdated, Transient, Unreachable, read_answer, sampling_params
+
+CONNECT_S = 10.0
+CONTROL_S = 30.0  # of a request that computes nothing
+UPDATE_S = 1800.0  # of a request that reads weights from a disk
+
+
+class ServerEngine:
+    """`Engine` behind a URL. `timeout_s`: of one request for tokens."""
+
+    def __init__(self, url: str, *, takes_adapters: bool = False, timeout_s: float = 1800.0) -> None:
+        self.name = url.rstrip("/")
+        self.takes_adapters = takes_adapters
+        self.timeout_s = timeout_s
+        self._client: httpx2.AsyncClient | None = None
+
+    async def open(self) -> None:
+        timeout = httpx2.Timeout(self.timeout_s, connect=CONNECT_S)
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=64)
+        self._client = httpx2.AsyncClient(base_url=self.name, timeout=timeout, limits=limits)
+
+    async def close(self) -> None:
+        if self._client is not None:
+            await self._client.aclose()
+            self._client = None
+
+    @property
+    def started(self) -> bool:
+        return True
+
+    async def start(self, model: Path) -> None:
+        raise AssertionError("a server is started by its owner")
+
+    async def generate(self, prompt_ids: Sequence[int], params: SamplingParams, adapter: str | None) -> Answer:
+        body = {"token_ids": list(prompt_ids), "sampling_params": sampling_params(params)}
+        if adapter is not None:
+            body["model"] = adapter
+        # Leaving the request closes its connection, and the server aborts what nobody waits for.
+        answer = await self._ask("POST", "/inference/v1/generate", self.timeout_s, json=body)
+        if answer.status_code == 404 and adapter is not None:
+            raise Outdated(f"{self.name} does not have the adapter {adapter}")
+        if answer.status_code != 200:
+            raise SamplerError(f"{self.name} refused a request: {reason_of(answer)}")
+        found = read_answer(self.name, _json_of(self.name, answer))
+        return found if adapter is None else Answer(found.token_ids, found.logprobs, found.stopped, adapter)
+
+    async def check_alive(self) -> None:
+        await self._ask("GET", "/health", CONTROL_S)
+
+    async def label(self) -> str:
+        answer = await self._ask("GET", "/weight_info", CONTROL_S)
+        return str(_json_of(self.name, answer).get("weight_version"))
+
+    async def reload(self, folder: Path, label: str) -> None:
+        await self._order("/pause", params={"mode": "keep", "clear_cache": "true"})
+        try:
+            rpc = {"method": "reload_weights", "kwargs": {"weights_path": str(folder.absolute())}}
+            await self._order("/collective_rpc", timeout_s=UPDATE_S, json=rpc)
+            await self._order("/update_weight_version", json={"new_version": label})
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._order("/resume")
+
+    async def load_adapter(self, folder: Path, name: str) -> None:
+        adapter = {"lora_name": name, "lora_path": str(folder.absolute())}
+        await self._order("/v1/load_lora_adapter", timeout_s=UPDATE_S, json=adapter)
+
+    async def drop_adapter(self, name: str) -> None:
+        await self._order("/v1/unload_lora_adapter", json={"lora_name": name})
+
+    async def has_adapter(self, name: str) -> bool:
+        answer = await self._ask("GET", "/v1/models", CONTROL_S)
+        return any(model.get("id") == name for model in _json_of(self.name, answer).get("data", []))
+
+    async def sleep(self) -> None:
+        """Its memory is its own."""
+
+    async def wake(self) -> None: ...
+
+    async def get(self, path: str) -> httpx2.Response:
+        """For checks. Raises `Transient`."""
+        return await self._ask("GET", path, CONTROL_S)
+
+    async def post(self, path: str, body: Any) -> httpx2.Response:
+        """For checks. Raises `Transient`."""
+        return await self._ask("POST", path, CONTROL_S, json=body)
+
+    async def _order(self, path: str, *, timeout_s: float = CONTROL_S, **request: Any) -> None:
+        """Raises `ProtegeError` if the server does not do it."""
+        answer = await self._ask("POST", path, timeout_s, **request)
+        if answer.status_code != 200:
+            raise ProtegeError(f"{self.name} did not take new weights: POST {path}: {reason_of(answer)}")
+
+    async def _ask(self, method: str, path: str, timeout_s: float, **request: Any) -> httpx2.Response:
+        """Raises `Unreachable` if nothing comes back, `Transient` for a server that is not itself."""
+        assert self._client is not None, "open it first"
+        try:
+            with anyio.fail_after(timeout_s):  # httpx's own are of single reads
+                answer = await self._client.request(method, path, timeout=timeout_s, **request)
+        except TimeoutError as error:
+            raise Unreachable(f"{self.name} did not answer within {timeout_s:.0f} s") from error
+        except httpx2.TimeoutException as error:
+            raise Unreachable(f"{self.name} did not answer in time ({type(error).__name__})") from error
+        except httpx2.HTTPError as error:
+            raise Unreachable(f"{self.name} cannot be reached ({type(error).__name__}: {error})") from error
+        if answer.status_code in (429, 500, 502, 503, 504) and path != "/collective_rpc":
+            raise Transient(f"{self.name} failed: {reason_of(answer)}")
+        return answer
+
+
+def reason_of(answer: httpx2.Response) -> str:
+    """Status and message of an answer that is no success, on one line."""
+    text = answer.text
+    try:
+        body = answer.json()
+        error = body.get("error", body) if isinstance(body, dict) else body
+        text = error.get("message", text) if isinstance(error, dict) else str(error)
+    except json.JSONDecodeError:
+        pass
+    return f"{answer.status_code} {' '.join(text.split())[:300]}"
+
+
+def _json_of(name: str, answer: httpx2.Response) -> dict[str, Any]:
+    try:
+        body = answer.json()
+    except ValueError as error:
+        raise SamplerError(f"{name} sent no JSON: {answer.text[:100]!r}") from error
+    if not isinstance(body, dict):
+        raise SamplerError(f"{name} sent no JSON object: {answer.text[:100]!r}")
+    return body

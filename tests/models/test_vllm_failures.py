@@ -1,0 +1,363 @@
+"""vLLM engines that fail, die, come back and lie: what the sampler makes of it. No vLLM is needed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import anyio
+import psutil
+import pytest
+import tiny
+from conformance import params
+from scripted_vllm import ScriptedEngine, Weights, generated, scripted_server
+
+from errors import ConfigError, ProtegeError, SamplerError, SamplerUnavailableError
+from models.vllm.engine import Transient
+from models.vllm.handover import Model
+from models.vllm.in_process import EngineOptions
+from models.vllm.preflight import check_servers
+from models.vllm.sampler import VLLMSampler, Waits
+from models.vllm.server import ServerEngine
+
+pytestmark = pytest.mark.anyio
+LETTERS = tiny.letters()
+QUICK = Waits(request_s=5.0, patience_s=0.3, look_every_s=0.02, look_s=0.2, pause_s=0.01)
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def sampler(folder: Path, *engines: Any, waits: Waits = QUICK, slots: int = 8) -> VLLMSampler:
+    return VLLMSampler(engines, Model(folder, LETTERS, "float32"), temperature=1.0, slots=slots, waits=waits)
+
+
+# --- weights
+
+
+async def test_tokens_carry_the_version_that_was_handed_over_and_proven(tmp_path: Path):
+    engine, weights = ScriptedEngine(), Weights(-2.5)
+    async with sampler(tmp_path, engine) as s:
+        before = await s.sample([1, 2], params(2))
+        await s.update_weights(weights, 4)
+        after = await s.sample([1, 2], params(2))
+    assert (before.weight_version, after.weight_version) == (0, 4)
+    assert (before.logprobs, after.logprobs) == ([-1.0] * 2, [-2.5] * 2)
+    assert list(tmp_path.iterdir()) == [], "the folder that was handed over is removed"
+
+
+async def test_stale_weights_end_the_run_with_both_numbers(tmp_path: Path):
+    async with sampler(tmp_path, ScriptedEngine(deaf=True)) as s:
+        with pytest.raises(ProtegeError, match=r"-1\.0000 where the learner gives -3\.0000") as caught:
+            await s.update_weights(Weights(-3.0), 1)
+    assert not isinstance(caught.value, SamplerError), "no episode is dropped for it: the run ends"
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_a_full_disk_is_named(tmp_path: Path):
+    full = Weights(error=OSError(errno.ENOSPC, "No space left on device"))
+    async with sampler(tmp_path, ScriptedEngine()) as s:
+        with pytest.raises(ProtegeError, match=r"No space left.*Make room for one copy"):
+            await s.update_weights(full, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_an_engine_here_starts_with_the_first_weights(tmp_path: Path):
+    engine, weights = ScriptedEngine(started=False), Weights()
+    async with sampler(tmp_path, engine) as s:
+        await s.update_weights(weights, 0)
+        await s.sleep()
+        await s.sample([1], params(1))
+    assert engine.calls == ["open", "start", "wake", "reload", "sleep", "wake", "close"]
+
+
+async def test_adapters_have_names_that_carry_the_version_and_old_ones_go(tmp_path: Path):
+    engine, weights = ScriptedEngine(takes_adapters=True), Weights(-1.5, has_adapter=True)
+    async with sampler(tmp_path, engine) as s:
+        for version in (1, 2, 3):
+            await s.update_weights(weights, version)
+            assert (await s.sample([1, 2], params(1))).weight_version == version
+            assert len(engine.adapters) == min(version, 2), "requests in flight may need the last one, and no other"
+        assert {name.rpartition("-")[2] for name in engine.adapters} == {"2", "3"}
+    assert set(weights.saved) == {"adapter"}
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_one_server_without_adapters_gets_merged_weights_as_do_all(tmp_path: Path):
+    able, other, weights = ScriptedEngine(takes_adapters=True), ScriptedEngine(), Weights(-1.5, has_adapter=True)
+    async with sampler(tmp_path, able, other) as s:
+        await s.update_weights(weights, 1)
+    assert weights.saved == ["whole"]
+    assert "reload" in able.calls and "reload" in other.calls
+
+
+async def test_another_run_on_the_same_server_is_found_out(tmp_path: Path):
+    engine = ScriptedEngine()
+    async with sampler(tmp_path, engine) as s:
+        await s.update_weights(Weights(-2.0), 1)
+        engine.current = "protege-00000000-9"
+        with pytest.raises(SamplerUnavailableError, match="another run uses it"):
+            await s.sample([1, 2], params(2))
+
+
+# --- engines that fail
+
+
+async def test_a_request_that_returned_nothing_is_asked_again(tmp_path: Path):
+    engine = ScriptedEngine(failures=[Transient("hiccup"), Transient("hiccup")])
+    async with sampler(tmp_path, engine) as s:
+        assert len((await s.sample([1, 2], params(3))).token_ids) == 3
+    assert engine.asked == [[1, 2]] * 3
+
+
+async def test_tries_are_counted_and_refusals_are_final(tmp_path: Path):
+    async with sampler(tmp_path, ScriptedEngine(failures=[Transient("hiccup")] * 9)) as s:
+        with pytest.raises(SamplerError, match=r"4 tries failed, the last with: hiccup"):
+            await s.sample([1, 2], params(3))
+    refusing = ScriptedEngine(failures=[SamplerError("too long")])
+    async with sampler(tmp_path, refusing) as s:
+        with pytest.raises(SamplerError, match="too long"):
+            await s.sample([1, 2], params(3))
+    assert len(refusing.asked) == 1
+
+
+async def test_one_of_two_dies_and_nothing_is_lost(tmp_path: Path):
+    dying, other = ScriptedEngine("a", delay_s=0.05), ScriptedEngine("b", delay_s=0.01)
+    answers = []
+    async with sampler(tmp_path, dying, other, slots=2) as s:
+        await s.update_weights(Weights(), 1)
+
+        async def one(i: int) -> None:
+            answers.append(await s.sample([1, i], params(2)))
+
+        async with anyio.create_task_group() as tasks:
+            for i in range(12):
+                tasks.start_soon(one, i)
+            await anyio.sleep(0.02)
+            dying.down = True
+    assert len(answers) == 12
+    assert dying.asked, "it was used while it lived"
+
+
+async def test_an_engine_that_is_back_is_used_again_if_it_has_the_weights(tmp_path: Path):
+    away, other = ScriptedEngine("a"), ScriptedEngine("b")
+    async with sampler(tmp_path, away, other, slots=1) as s:
+        await s.update_weights(Weights(), 1)
+        away.down = True
+        await s.sample([1, 2], params(1))
+        await s.sample([1, 3], params(1))
+        away.down, other.down = False, True
+        await s.sample([1, 4], params(1))
+        assert away.asked[-1] == [1, 4]
+
+
+async def test_an_engine_that_was_started_again_waits_for_the_next_weights(tmp_path: Path):
+    engine = ScriptedEngine("a")
+    async with sampler(tmp_path, engine) as s:
+        await s.update_weights(Weights(), 1)
+        engine.down = True
+        with pytest.raises(SamplerUnavailableError, match=r"a is gone.*from its last checkpoint"):
+            await s.sample([1, 2], params(1))
+        engine.down, engine.current = False, "default"
+        with pytest.raises(SamplerUnavailableError, match="started again"):
+            await s.sample([1, 2], params(1))
+        await s.update_weights(Weights(-2.0), 2)
+        assert (await s.sample([1, 2], params(1))).weight_version == 2
+
+
+async def test_an_engine_that_takes_too_long_is_left(tmp_path: Path):
+    slow, other = ScriptedEngine("slow", delay_s=60), ScriptedEngine("b")
+    waits = Waits(request_s=0.1, patience_s=0.3, look_every_s=30, look_s=0.2)
+    async with sampler(tmp_path, slow, other, waits=waits) as s:
+        with anyio.fail_after(5):
+            assert (await s.sample([1, 2], params(1))).token_ids == [7]
+    assert slow.asked == other.asked == [[1, 2]]
+
+
+async def test_turns_of_an_episode_stay_where_their_prefix_is(tmp_path: Path):
+    engines = ScriptedEngine("a"), ScriptedEngine("b")
+    async with sampler(tmp_path, *engines, slots=64) as s:
+
+        async def episode(i: int) -> None:
+            log = [1, 2, i]
+            for _ in range(4):
+                log += [*(await s.sample(log, params(3))).token_ids, 50, i]
+
+        async with anyio.create_task_group() as tasks:
+            for i in range(10):
+                tasks.start_soon(episode, i)
+    where = [{prompt[2] for prompt in engine.asked} for engine in engines]
+    assert not where[0] & where[1] and len(where[0]) == len(where[1]) == 5
+
+
+async def test_no_more_than_the_slots_are_in_flight(tmp_path: Path):
+    engine, most = ScriptedEngine(delay_s=0.01), 0
+    async with sampler(tmp_path, engine, slots=3) as s:
+
+        async def one(i: int) -> None:
+            nonlocal most
+            await s.sample([1, i], params(1))
+
+        async with anyio.create_task_group() as tasks:
+            for i in range(9):
+                tasks.start_soon(one, i)
+            for _ in range(5):
+                await anyio.sleep(0.004)
+                most = max(most, s._pool.members[0].load)
+    assert most == 3 and len(engine.asked) == 9
+
+
+# --- servers, over a real socket
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        ((200, generated([7, 8], logprob=-9999.0)), "no usable logprob for 2 of 2"),
+        ((200, {"choices": []}), "malformed"),
+        ((200, "<html>"), "no JSON"),
+        ((200, generated([])), "0 tokens"),
+        ((400, {"error": {"message": "the prompt is too long"}}), "400 the prompt is too long"),
+    ],
+)
+async def test_what_a_server_may_not_answer(tmp_path: Path, answer: Any, says: str):
+    async with scripted_server(lambda path, body: answer) as server, sampler(tmp_path, ServerEngine(server.url)) as s:
+        with pytest.raises(SamplerError, match=says):
+            await s.sample([1, 2], params(2))
+    assert server.paths == ["/inference/v1/generate"], "asked once: another try would change nothing"
+
+
+async def test_a_server_that_fails_is_asked_again(tmp_path: Path):
+    answers = [(500, {"error": {"message": "oops"}}), (503, "busy"), (200, generated([7, 8]))]
+    async with (
+        scripted_server(lambda path, body: answers.pop(0)) as server,
+        sampler(tmp_path, ServerEngine(server.url)) as s,
+    ):
+        assert (await s.sample([1, 2], params(2))).token_ids == [7, 8]
+
+
+async def test_leaving_a_request_closes_its_connection(tmp_path: Path):
+    async with scripted_server(lambda path, body: None) as server, sampler(tmp_path, ServerEngine(server.url)) as s:
+        with anyio.move_on_after(0.2):
+            await s.sample([1, 2], params(2))
+        with anyio.fail_after(5):
+            await server.gone.wait()
+
+
+async def test_a_silent_server_is_not_waited_for(tmp_path: Path):
+    async with (
+        scripted_server(lambda path, body: None, healthy=False) as silent,
+        scripted_server(lambda path, body: (200, generated([7]))) as other,
+        sampler(tmp_path, ServerEngine(silent.url), ServerEngine(other.url)) as s,
+    ):
+        with anyio.fail_after(5):
+            assert (await s.sample([1, 2], params(1))).token_ids == [7]
+
+
+async def test_what_is_sent_leaves_nothing_to_the_models_defaults(tmp_path: Path):
+    sent: list[dict[str, Any]] = []
+
+    def reply(path: str, body: dict[str, Any]) -> Any:
+        sent.append(body)
+        return 200, generated([7])
+
+    async with scripted_server(reply) as server, sampler(tmp_path, ServerEngine(server.url)) as s:
+        await s.sample([1, 2], params(1, temperature=0.7, seed=5, stop=[9, "###"]))
+    how = sent[0]["sampling_params"]
+    assert sent[0]["token_ids"] == [1, 2]
+    assert (how["top_p"], how["top_k"], how["min_p"], how["repetition_penalty"]) == (1.0, 0, 0.0, 1.0)
+    assert (how["temperature"], how["seed"], how["stop_token_ids"], how["stop"]) == (0.7, 5, [9], ["###"])
+    assert how["ignore_eos"] and how["include_stop_str_in_output"] and how["detokenize"]
+
+
+# --- before a run
+
+
+def served(**changes: Any) -> Any:
+    """A server that is fit, but for the changes."""
+    config = {"dtype": "torch.float32", "max_model_len": 99} | changes.get("model", {})
+    factor = changes.get("follows", True)
+
+    def reply(path: str, body: dict[str, Any]) -> Any:
+        if path == "/tokenize":
+            return 200, {"tokens": changes.get("tokens", LETTERS.encode(body["prompt"], add_special_tokens=False))}
+        if path.startswith("/server_info"):
+            if not changes.get("dev", True):
+                return 404, {"detail": "Not Found"}
+            return 200, {"vllm_config": {"model_config": config, "lora_config": None}, "vllm_env": {}}
+        if path == "/inference/v1/generate":
+            if not changes.get("scale_out", True):
+                return 403, {"error": {"message": "Restart vllm serve with --enable-scale-out"}}
+            scale = 1 / body["sampling_params"]["temperature"] if factor else 1.0
+            top = [{"token_id": i, "logprob": -scale * (1.0 + i)} for i in range(4)]
+            return 200, {"choices": [{"logprobs": {"content": [{"token_id": 0, "top_logprobs": top}]}}]}
+        return 200, {}
+
+    return reply
+
+
+async def test_a_server_that_is_fit():
+    async with scripted_server(served()) as server:
+        (facts,) = await check_servers([server.url], LETTERS, dtype="float32")
+    assert (facts.url, facts.max_model_len, facts.takes_adapters) == (server.url, 99, False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"follows": False}, "--logprobs-mode processed_logprobs"),
+        ({"tokens": [1, 2, 3]}, "another model"),
+        ({"dev": False}, "VLLM_SERVER_DEV_MODE=1"),
+        ({"scale_out": False}, "--enable-scale-out"),
+        ({"model": {"dtype": "torch.bfloat16"}}, "--dtype float32"),
+    ],
+)
+async def test_a_server_that_is_not_fit_is_told_what_to_set(changes: dict[str, Any], says: str):
+    async with scripted_server(served(**changes)) as server:
+        with pytest.raises(ConfigError, match=says):
+            await check_servers([server.url], LETTERS, dtype="float32")
+
+
+async def test_a_dead_url_is_named():
+    with pytest.raises(ConfigError, match=r"http://127.0.0.1:9 cannot be reached"):
+        await check_servers(["http://127.0.0.1:9"], LETTERS, dtype="float32")
+
+
+# --- an engine in this process
+
+
+def test_what_an_engine_here_is_told():
+    told = EngineOptions("bfloat16", 64, 4096, 0.4, lora_rank=20, sleeps=True).arguments(Path("m"))
+    assert (told["logprobs_mode"], told["generation_config"]) == ("processed_logprobs", "vllm")
+    assert (told["gpu_memory_utilization"], told["max_model_len"], told["enable_sleep_mode"]) == (0.4, 4096, True)
+    assert (told["max_lora_rank"], told["enable_lora"]) == (32, True)
+    assert "kv_cache_memory_bytes" not in told and "enable_lora" not in EngineOptions("float32", 1).arguments(Path("m"))
+
+
+def test_what_a_killed_run_started_ends_with_it(tmp_path: Path):
+    script = (
+        "import psutil, subprocess, sys, time; from models.vllm.orphans import end_with_this_process as end;"
+        "child = subprocess.Popen(['sleep', '1000'], start_new_session=True); end([psutil.Process(child.pid)]);"
+        "print(child.pid, flush=True); time.sleep(1000)"
+    )
+    run = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    child = psutil.Process(int(run.stdout.readline()))
+    try:
+        time.sleep(0.2)
+        assert child.is_running()
+        run.kill()
+        run.wait()
+        child.wait(timeout=30)
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            os.kill(child.pid, signal.SIGKILL)
