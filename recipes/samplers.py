@@ -37,10 +37,7 @@ def make_sampler(
     assert folder is not None, "engines with a copy of the weights belong to a run"
     model = Model(folder, tokenizer, dtype_name(student.compute_dtype))
     engines = (
-        [
-            ServerEngine(server.url, takes_adapters=server.takes_adapters, timeout_s=options.timeout_s)
-            for server in servers
-        ]
+        [ServerEngine(server.url, takes_adapters=server.takes_adapters) for server in servers]
         if options.url is not None
         else [InProcessEngine(engine_options(config, options, student.device, student.compute_dtype))]
     )

@@ -341,6 +341,8 @@ def add_episode(sums: SumMetrics, item: TrainingItem, measured: ItemMetrics) -> 
             sums.add(f"teacher/{name}/topk_mass", float(opinion.topk_mass.sum()), measured.tokens)
     if "ratio" in measured.values:
         sums.add_max("ratio/max", float(measured.values["ratio"].max()), **scope)
+    if "sampler_gap" in measured.values:
+        sums.add_max("sampler_gap/max", float(measured.values["sampler_gap"].max()), **scope)
     sums.add("completion_tokens_mean", episode.num_sampled, 1, **scope)
     sums.add("prompt_tokens_mean", len(episode) - episode.num_sampled, 1, **scope)
     sums.add("truncated_fraction", float(episode.truncated), 1, **scope)
@@ -358,7 +360,11 @@ def add_origin(sums: SumMetrics, item: TrainingItem, measured: ItemMetrics) -> N
     sums.add(name, total, measured.tokens, dataset=episode.dataset, teacher=episode.teacher)
 
 
-_METRIC_NAMES = {"ratio": "ratio/mean", "ratio_truncated": "ratio/truncated_fraction"}
+_METRIC_NAMES = {
+    "ratio": "ratio/mean",
+    "ratio_truncated": "ratio/truncated_fraction",
+    "sampler_gap": "sampler_gap/mean",
+}
 
 
 def episode_row(item: TrainingItem, measured: ItemMetrics, renderer: Renderer, texts: dict[int, str]) -> dict:

@@ -206,17 +206,23 @@ class ReverseKL:
         return LossOutput(loss, metrics)
 
 
-RATIO_METRICS = frozenset({"ratio", "ratio_truncated", "mismatch_kl"})
+RATIO_METRICS = frozenset({"ratio", "ratio_truncated", "mismatch_kl", "sampler_gap"})
 """Of these there are none for tokens whose sampler nobody knows."""
 
 
 def ratio_metrics(
     logprobs: Float[Tensor, " n"], sampler_logprobs: Float[Tensor, " n"], is_cap: float
 ) -> dict[str, Float[Tensor, " n"]]:
-    """How far the learner is from the sampler. `mismatch_kl` is Schulman's k3 estimate of KL(sampler || learner)."""
+    """How far the learner is from the sampler. `mismatch_kl` is Schulman's k3 estimate of KL(sampler || learner),
+    `sampler_gap` the absolute difference of their logprobs."""
     log_ratio = (logprobs - sampler_logprobs).clamp(-20.0, 20.0)
     ratio = log_ratio.exp()
-    return {"ratio": ratio, "ratio_truncated": (ratio > is_cap).float(), "mismatch_kl": ratio - 1 - log_ratio}
+    return {
+        "ratio": ratio,
+        "ratio_truncated": (ratio > is_cap).float(),
+        "mismatch_kl": ratio - 1 - log_ratio,
+        "sampler_gap": (logprobs - sampler_logprobs).abs(),
+    }
 
 
 @dataclass(frozen=True)

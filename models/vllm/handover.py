@@ -20,7 +20,7 @@ from models.vllm.engine import Engine, Transient
 from models.vllm.pool import Member
 
 PROBE = "Weights that were handed over must say the same here as there: 2 + 2 = "
-PROBE_TOKENS = 16
+LONGEST_PROMPT, PROBE_TOKENS = 32, 16  # any context has room for them
 ALLOWED = {"float32": 1e-3, "bfloat16": 0.1}
 """Largest mean difference, in nats, of an engine's logprobs from the learner's that is rounding."""
 
@@ -108,7 +108,7 @@ class Handover:
 
     async def _prove(self, engine: Engine, label: str, adapter: str | None, source: WeightSource) -> None:
         """Raises `ProtegeError` unless what the engine samples is as likely under the learner's weights as it says."""
-        prompt = self._model.tokenizer.encode(PROBE, add_special_tokens=False)
+        prompt = self._model.tokenizer.encode(PROBE, add_special_tokens=False)[:LONGEST_PROMPT]
         how = SamplingParams(PROBE_TOKENS, StopCondition(frozenset()), self._temperature, seed=1)
         answer = await engine.generate(prompt, how, adapter)
         of_learner = await compute(source.logprobs, [*prompt, *answer.token_ids], self._temperature)

@@ -8,6 +8,7 @@ import importlib
 import itertools
 import os
 import signal
+import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,7 @@ class InProcessEngine:
         self.options = options
         self._llm: Any = None
         self._children: list[psutil.Process] = []
+        self._guard: subprocess.Popen[bytes] | None = None
         self._requests = itertools.count()
         self._adapters: dict[str, Any] = {}  # vLLM's requests for them
         self._adapter_ids = itertools.count(1)
@@ -101,14 +103,14 @@ class InProcessEngine:
                 ) from error
             finally:
                 self._children = [p for p in psutil.Process().children(recursive=True) if p not in before]
-        end_with_this_process(self._children)
+        self._guard = end_with_this_process(self._children)
 
     async def close(self) -> None:
         llm, self._llm = self._llm, None
         if llm is not None:
             with anyio.CancelScope(shield=True):
                 await anyio.to_thread.run_sync(llm.shutdown, 10.0)
-                await anyio.to_thread.run_sync(_end, self._children)
+                await anyio.to_thread.run_sync(_end, self._children, self._guard)
         self._adapters.clear()
 
     async def generate(self, prompt_ids: Sequence[int], params: SamplingParams, adapter: str | None) -> Answer:
@@ -153,9 +155,11 @@ class InProcessEngine:
         try:
             await self._call("collective_rpc", "reload_weights", kwargs={"weights_path": str(folder.absolute())})
             await self._call("update_weight_version", label)
-        finally:
-            with anyio.CancelScope(shield=True):
+        except BaseException:
+            with anyio.CancelScope(shield=True), contextlib.suppress(ProtegeError, Transient):
                 await self._call("resume_generation")
+            raise
+        await self._call("resume_generation")
 
     async def load_adapter(self, folder: Path, name: str) -> None:
         adapter = _import("vllm.lora.request").LoRARequest(name, next(self._adapter_ids), str(folder.absolute()))
@@ -215,10 +219,13 @@ def _sigint_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
 
-def _end(children: Sequence[psutil.Process]) -> None:
+def _end(children: Sequence[psutil.Process], guard: subprocess.Popen[bytes] | None) -> None:
     for child in psutil.wait_procs(list(children), timeout=5)[1]:
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
+    if guard is not None:
+        guard.kill()
+        guard.wait()
 
 
 def _of_output(name: str, output: Any, adapter: str | None) -> Answer:

@@ -14,13 +14,13 @@ from pathlib import Path
 import psutil
 
 
-def end_with_this_process(children: Sequence[psutil.Process]) -> None:
-    """Kill `children` once this process has ended, however it ends."""
+def end_with_this_process(children: Sequence[psutil.Process]) -> subprocess.Popen[bytes]:
+    """Kill `children` once this process has ended, however it ends. Returns the process that waits for it."""
     alive = []
     for child in children:
         with contextlib.suppress(psutil.NoSuchProcess):
             alive.append(f"{child.pid}:{child.create_time()}")
-    subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, __file__, str(psutil.Process().pid), *alive],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

@@ -88,14 +88,25 @@ class VLLMSampler:
             async with self._pool.place(prompt_ids) as member:
                 try:
                     return await self._sample_at(member, prompt_ids, params)
-                except Unreachable as error:  # whoever is gone has no further say: this was no try
-                    if member.down is None:
-                        member.take_out(str(error))
                 except Transient as error:  # it returned nothing: asking twice does no harm
-                    failures.append(str(error))
+                    if not isinstance(error, Unreachable) or await self._lives(member, error):
+                        failures.append(str(error))
             if 0 < len(failures) < TRIES:
                 await anyio.sleep(self.waits.pause_s * 2 ** (len(failures) - 1))
         raise SamplerError(f"{TRIES} tries failed, the last with: {failures[-1]}")
+
+    async def _lives(self, member: Member, error: Unreachable) -> bool:
+        """One broken connection is no reason to break all of them off. Takes an engine out that is really gone."""
+        if member.down is None:
+            if isinstance(error, Outdated):
+                member.take_out(str(error))
+            else:
+                try:
+                    with anyio.fail_after(self.waits.look_s):
+                        await member.engine.check_alive()
+                except (Transient, TimeoutError):
+                    member.take_out(str(error))
+        return member.down is None
 
     async def _sample_at(self, member: Member, prompt_ids: list[int], params: SamplingParams) -> Sampled:
         await member.engine.wake()
@@ -105,7 +116,10 @@ class VLLMSampler:
                 with anyio.fail_after(self.waits.request_s):
                     answer = await member.engine.generate(prompt_ids, params, self._adapter)
             except TimeoutError as error:
-                raise Unreachable(f"{member.engine.name} took more than {self.waits.request_s:g} s") from error
+                raise SamplerError(
+                    f"{member.engine.name} took more than {self.waits.request_s:g} s for one turn. "
+                    "Raise sampler.timeout_s, or lower max_tokens"
+                ) from error
             finally:
                 member.scopes.discard(scope)
         if scope.cancelled_caught:

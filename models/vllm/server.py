@@ -6,7 +6,9 @@ which weights drew the tokens. `/v1/completions` does the same by detours, and d
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,18 +26,17 @@ UPDATE_S = 1800.0  # of a request that reads weights from a disk
 
 
 class ServerEngine:
-    """`Engine` behind a URL. `timeout_s`: of one request for tokens."""
+    """`Engine` behind a URL. How long a turn may take is its caller's to say."""
 
-    def __init__(self, url: str, *, takes_adapters: bool = False, timeout_s: float = 1800.0) -> None:
+    def __init__(self, url: str, *, takes_adapters: bool = False) -> None:
         self.name = url.rstrip("/")
         self.takes_adapters = takes_adapters
-        self.timeout_s = timeout_s
         self._client: httpx2.AsyncClient | None = None
 
     async def open(self) -> None:
-        timeout = httpx2.Timeout(self.timeout_s, connect=CONNECT_S)
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=64)
-        self._client = httpx2.AsyncClient(base_url=self.name, timeout=timeout, limits=limits)
+        # Servers close what has been idle for five seconds: a request must not be on its way then.
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0)
+        self._client = httpx2.AsyncClient(base_url=self.name, limits=limits, verify=self.name.startswith("https:"))
 
     async def close(self) -> None:
         if self._client is not None:
@@ -54,7 +55,7 @@ class ServerEngine:
         if adapter is not None:
             body["model"] = adapter
         # Leaving the request closes its connection, and the server aborts what nobody waits for.
-        answer = await self._ask("POST", "/inference/v1/generate", self.timeout_s, json=body)
+        answer = await self._ask("POST", "/inference/v1/generate", math.inf, json=body)
         if answer.status_code == 404 and adapter is not None:
             raise Outdated(f"{self.name} does not have the adapter {adapter}")
         if answer.status_code != 200:
@@ -75,9 +76,11 @@ class ServerEngine:
             rpc = {"method": "reload_weights", "kwargs": {"weights_path": str(folder.absolute())}}
             await self._order("/collective_rpc", timeout_s=UPDATE_S, json=rpc)
             await self._order("/update_weight_version", json={"new_version": label})
-        finally:
-            with anyio.CancelScope(shield=True):
+        except BaseException:
+            with anyio.CancelScope(shield=True), contextlib.suppress(ProtegeError, Transient):
                 await self._order("/resume")
+            raise
+        await self._order("/resume")
 
     async def load_adapter(self, folder: Path, name: str) -> None:
         adapter = {"lora_name": name, "lora_path": str(folder.absolute())}
@@ -112,9 +115,10 @@ class ServerEngine:
     async def _ask(self, method: str, path: str, timeout_s: float, **request: Any) -> httpx2.Response:
         """Raises `Unreachable` if nothing comes back, `Transient` for a server that is not itself."""
         assert self._client is not None, "open it first"
+        timeout = httpx2.Timeout(None if timeout_s == math.inf else timeout_s, connect=CONNECT_S)
         try:
             with anyio.fail_after(timeout_s):  # httpx's own are of single reads
-                answer = await self._client.request(method, path, timeout=timeout_s, **request)
+                answer = await self._client.request(method, path, timeout=timeout, **request)
         except TimeoutError as error:
             raise Unreachable(f"{self.name} did not answer within {timeout_s:.0f} s") from error
         except httpx2.TimeoutException as error:

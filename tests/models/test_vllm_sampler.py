@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import anyio
 import conformance
 import pytest
 import tiny
@@ -137,3 +138,28 @@ class TestServerAdapter(conformance.SamplerSuite):
     @pytest.fixture
     async def engine(self, server: vllm_server.Server, tmp_path: Path) -> SamplerEngine:
         return await sampler_engine(ServerEngine(server.url), tmp_path, lora=True)
+
+
+async def test_requests_in_flight_are_paused_and_go_on_with_the_new_weights(
+    in_process: InProcessEngine, tmp_path: Path
+):
+    engine = await sampler_engine(in_process, tmp_path, lora=False)
+    long: list[Any] = []
+    async with engine.make() as sampler, anyio.create_task_group() as tasks:
+
+        async def ask() -> None:
+            long.append(await sampler.sample([1, 2, 3], params(450)))
+
+        tasks.start_soon(ask)
+        await sampler.sample([4, 5], params(20))  # the long one has begun by then
+        of_old = LMWeights(CausalLM(tiny.vllm_model()))
+        engine.change_weights()
+        await sampler.update_weights(engine.source, 1)
+    (answer,) = long
+    assert (len(answer.token_ids), answer.weight_version) == (450, 0)
+    log = [1, 2, 3, *answer.token_ids]
+    old, new = (torch.tensor(weights.logprobs(log, 1.0)[2:]) for weights in (of_old, engine.source))
+    got = torch.tensor(answer.logprobs)
+    torch.testing.assert_close(got[:10], old[:10], atol=1e-3, rtol=0)
+    torch.testing.assert_close(got[-10:], new[-10:], atol=1e-3, rtol=0)
+    assert (got - new)[:10].abs().max() > 0.1

@@ -236,6 +236,7 @@ def test_metrics_mean_what_their_names_say():
     torch.testing.assert_close(out.metrics["teacher_logprob"], torch.log(teacher))
     torch.testing.assert_close(out.metrics["ratio"], pi / mu)
     torch.testing.assert_close(out.metrics["mismatch_kl"], pi / mu - 1 - torch.log(pi / mu))
+    torch.testing.assert_close(out.metrics["sampler_gap"], torch.log(pi / mu).abs())
     assert out.metrics["ratio_truncated"].tolist() == (pi / mu > 1.5).float().tolist()
     assert 0 < out.metrics["ratio_truncated"].sum() < N  # the case has both kinds
     assert not any(values.requires_grad for values in out.metrics.values())

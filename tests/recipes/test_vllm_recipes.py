@@ -1,0 +1,146 @@
+"""Whole runs whose student is sampled on a real vLLM: in their own process, and on servers that are killed."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import tiny_models
+from tiny_models import evaluation_rows, training_rows
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+import vllm_server
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+
+OPTIONS: dict[str, Any] = {
+    "objective": "jsd", "max_steps": 8, "max_tokens": 6, "eval_size": 16, "groups_per_batch": 16, "learning_rate": 3e-2,
+}  # fmt: skip
+SLACK = 1e-4  # nats of KL that rounding may make between sampler and learner
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """With heads that vLLM's attention on CPUs takes."""
+    folder = tmp_path_factory.mktemp("vllm")
+    return {
+        "model_name": tiny_models.make_model(folder / "student", seed=1, hidden=64),
+        "teacher_model": tiny_models.make_model(folder / "teacher", seed=2, hidden=64),
+    }
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in vllm_server.SMALL_CPU.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(scope="module")
+def in_this_process(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that the others are compared with: sampled by transformers."""
+    return tiny_models.run(tmp_path_factory.mktemp("transformers") / "run", models, **OPTIONS)
+
+
+def kls(run: Path) -> list[float]:
+    return [row["kl"] for row in training_rows(run)]
+
+
+def check_it_learnt_like(run: Path, reference: Path) -> None:
+    """The same fall of the KL but for the draws, and at every step a sampler that is the learner."""
+    rows = training_rows(run)
+    assert [row["step"] for row in rows] == list(range(1, OPTIONS["max_steps"] + 1))
+    assert all(row["mismatch_kl"] < SLACK and row["sampler_gap/max"] < 0.01 for row in rows)
+    before, after = (row["eval/exact_reverse_kl"] for row in evaluation_rows(run))
+    _, expected = (row["eval/exact_reverse_kl"] for row in evaluation_rows(reference))
+    assert after < 0.85 * before
+    assert after == pytest.approx(expected, rel=0.2)
+    assert not tiny_models.leftovers(run)
+
+
+def test_in_process_a_run_learns_as_on_transformers(tmp_path: Path, models: dict[str, str], in_this_process: Path):
+    before = psutil.Process().children(recursive=True)
+    run = tiny_models.run(
+        tmp_path / "run", models, **OPTIONS, sampler="vllm", sampler__enforce_eager=True, sampler__max_model_len=128
+    )
+    check_it_learnt_like(run, in_this_process)
+    left = [p for p in psutil.Process().children(recursive=True) if p not in before]
+    assert not [p for p in left if p.status() != psutil.STATUS_ZOMBIE and "tracker" not in str(p.cmdline())], left
+
+
+@pytest.fixture(scope="module")
+def servers(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[vllm_server.Server]]:
+    folder = tmp_path_factory.mktemp("servers")
+    started = [start(models, folder / name) for name in ("a", "b")]
+    try:
+        yield [server.wait() for server in started]
+    finally:
+        for server in started:
+            server.kill()
+
+
+def start(models: dict[str, str], log: Path, port: int | None = None) -> vllm_server.Server:
+    return vllm_server.start(
+        models["model_name"],
+        log,
+        flags=vllm_server.SAMPLER_FLAGS,
+        env=vllm_server.UPDATABLE,
+        max_model_len=128,
+        port=port,
+    )
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 240.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not get there"
+        time.sleep(0.05)
+
+
+def steps_done(run: Path) -> int:
+    return len(training_rows(run)) if (run / "metrics.jsonl").exists() else 0
+
+
+def test_servers_are_killed_one_by_one(
+    tmp_path: Path, models: dict[str, str], servers: list[vllm_server.Server], in_this_process: Path
+):
+    """One of two: the run goes on. The other: it ends with one error, and the same command goes on later."""
+    both = ",".join(server.url for server in servers)
+    command = tiny_models.argv(tmp_path / "run", models, **OPTIONS, save_every=1, sampler__url=both)
+    process = tiny_models.start([*command, "sampler.patience_s=2"], tmp_path / "output")
+    until(lambda: steps_done(tmp_path / "run") >= 1)
+    servers[0].kill()
+    at = steps_done(tmp_path / "run")
+    until(lambda: steps_done(tmp_path / "run") > at or process.exitcode is not None)
+    assert process.exitcode in (None, 0), (tmp_path / "output").read_text()
+    servers[1].kill()
+    code = tiny_models.finish(process, 400)
+    output = (tmp_path / "output").read_text()
+    if steps_done(tmp_path / "run") < OPTIONS["max_steps"]:  # else it was done before the second kill
+        assert code == 1, output
+        assert output.count("no engine is left") == 1 and "Traceback" not in output, output
+
+    port = int(servers[1].url.rpartition(":")[2])
+    again = start(models, tmp_path / "again.log", port)
+    try:
+        again.wait()
+        alone = tiny_models.argv(tmp_path / "run", models, **OPTIONS, save_every=1, sampler__url=again.url)
+        resumed = tiny_models.start([*alone, "behavior_if_log_dir_exists=resume"], tmp_path / "output2")
+        assert tiny_models.finish(resumed, 400) == 0, (tmp_path / "output2").read_text()
+    finally:
+        again.kill()
+    check_it_learnt_like(tmp_path / "run", in_this_process)
+
+
+def test_a_dead_server_is_named_before_anything_is_loaded(tmp_path: Path, models: dict[str, str]):
+    command = tiny_models.argv(tmp_path / "run", models, sampler__url="http://127.0.0.1:9")
+    process = tiny_models.start(command, tmp_path / "output")
+    assert tiny_models.finish(process, 400) == 2
+    assert "http://127.0.0.1:9 cannot be reached" in (tmp_path / "output").read_text()
+    assert not os.path.exists(tmp_path / "run")
