@@ -14,7 +14,7 @@ from errors import ConfigError
 from models.checks import common_temperature
 from recipes.student_config import StudentConfig, check_at_least, check_positive, json_object
 from recipes.teachers import DEFAULT_EMA_DECAY, EMA, TeacherSpec, ema_decay_of
-from training.distribution_losses import JSD, Support, Tail, TopKForwardKL
+from training.distribution_losses import JSD, ClassicKD, Support, Tail, TopKForwardKL
 from training.loop import LoopConfig
 from training.objectives import Objective, ReverseKL
 
@@ -39,10 +39,11 @@ class OnPolicyConfig(StudentConfig):
     """Everything but the data and the teachers."""
 
     # objective
-    objective: Literal["reverse_kl", "jsd", "topk_forward_kl"] = chz.field(
+    objective: Literal["reverse_kl", "jsd", "topk_forward_kl", "kd"] = chz.field(
         default="reverse_kl",
         doc="reverse_kl: policy gradient on sampled tokens; jsd: divergence of whole distributions, or of their "
-        "support; topk_forward_kl: cross-entropy against the teacher's top_k tokens",
+        "support; topk_forward_kl: cross-entropy against the teacher's top_k tokens; kd: cross-entropy with given "
+        "answers (lmbda=0) and forward KL",
     )
     beta: float = chz.field(default=1.0, doc="jsd: 0 is forward KL, 1 is reverse KL, between them Jensen-Shannon")
     support: Support = chz.field(
@@ -55,6 +56,10 @@ class OnPolicyConfig(StudentConfig):
         default=None,
         doc="jsd with a support: the tokens outside are one more outcome (bucket, the default) or left out",
     )
+    loss_temperature: float | None = chz.field(
+        default=None, doc="of both models in the loss of jsd, topk_forward_kl, kd; default: `temperature`"
+    )
+    alpha: float = chz.field(default=0.5, doc="kd: share of the KL, the rest is cross-entropy with the given token")
     loss_fn: Literal["importance_sampling", "ppo", "cispo"] = chz.field(
         default="importance_sampling", doc="reverse_kl: the policy-gradient loss"
     )
@@ -113,6 +118,8 @@ class OnPolicyConfig(StudentConfig):
     def _check_lmbda(self) -> None:
         if not 0 <= self.lmbda <= 1:
             raise ConfigError(f"lmbda={self.lmbda}: expected a probability, from 0 to 1")
+        if self.objective == "kd" and self.lmbda != 0:
+            raise ConfigError("objective=kd learns from given answers, not from what the student samples: set lmbda=0")
         if self.lmbda < 1 and self.objective == "reverse_kl":
             raise ConfigError(
                 f"lmbda={self.lmbda}: objective=reverse_kl is a policy gradient on what the student samples: it has "
@@ -132,12 +139,14 @@ class OnPolicyConfig(StudentConfig):
         """Raises `ConfigError` for options that the chosen objective does not have."""
         check_objective_options(self)
         if self.objective == "topk_forward_kl":
-            return TopKForwardKL(DEFAULT_TOP_K if self.top_k is None else self.top_k)
-        if self.objective == "jsd":
+            return TopKForwardKL(DEFAULT_TOP_K if self.top_k is None else self.top_k, self.loss_temperature)
+        if self.objective in ("jsd", "kd"):
             top_k = self.top_k
             if top_k is None and self.support in ("teacher_topk", "student_topk"):
                 top_k = DEFAULT_TOP_K
-            return JSD(beta=self.beta, support=self.support, top_k=top_k, tail=self.tail)
+            beta = 0.0 if self.objective == "kd" else self.beta
+            loss = JSD(beta, self.support, top_k, self.tail, self.loss_temperature)
+            return ClassicKD(self.alpha, loss) if self.objective == "kd" else loss
         bounds = self.loss_fn_config
         return ReverseKL(
             coef=self.kl_penalty_coef,
@@ -208,8 +217,8 @@ _AT_LEAST = {
 }  # fmt: skip
 _OF_OBJECTIVE = {
     "loss_fn": ("reverse_kl",), "loss_fn_config": ("reverse_kl",), "kl_penalty_coef": ("reverse_kl",),
-    "kl_discount_factor": ("reverse_kl",), "beta": ("jsd",), "support": ("jsd",), "tail": ("jsd",),
-    "top_k": ("jsd", "topk_forward_kl"),
+    "kl_discount_factor": ("reverse_kl",), "beta": ("jsd",), "support": ("jsd", "kd"), "tail": ("jsd", "kd"),
+    "top_k": ("jsd", "topk_forward_kl", "kd"), "loss_temperature": ("jsd", "topk_forward_kl", "kd"), "alpha": ("kd",),
 }  # fmt: skip
 """Options that only some objectives have."""
 

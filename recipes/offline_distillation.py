@@ -31,7 +31,7 @@ from recipes.training_run import TrainingRun, train
 from training.capture import Capture, CapturedScorer, CaptureHeader
 from training.capture_files import read_capture, read_header
 from training.collect import Teacher
-from training.distribution_losses import JSD, Support, Tail, TopKForwardKL
+from training.distribution_losses import JSD, ClassicKD, Support, Tail, TopKForwardKL
 from training.loop import DatasetPlan, LoopConfig
 from training.objectives import Objective
 from training.trackers import check_trackers
@@ -47,9 +47,10 @@ class Config(StudentConfig):
     """Distillation from a capture file."""
 
     capture_path: str = chz.field(default="teacher_capture.jsonl", doc="a complete file of recipes.capture_teacher")
-    objective: Literal["topk_forward_kl", "jsd"] = chz.field(
+    objective: Literal["topk_forward_kl", "jsd", "kd"] = chz.field(
         default="topk_forward_kl",
-        doc="topk_forward_kl: cross-entropy against the teacher's top_k tokens; jsd: divergence on a support",
+        doc="topk_forward_kl: cross-entropy against the teacher's top_k tokens; jsd: divergence on a support; "
+        "kd: cross-entropy with the given token and forward KL",
     )
     beta: float = chz.field(default=1.0, doc="jsd: 0 is forward KL, 1 is reverse KL, between them Jensen-Shannon")
     support: Support = chz.field(
@@ -61,6 +62,8 @@ class Config(StudentConfig):
     tail: Tail | None = chz.field(
         default=None, doc="jsd: the tokens outside are one more outcome (bucket, the default) or left out"
     )
+    loss_temperature: float | None = chz.field(default=None, doc="of both models in the loss; default: the capture's")
+    alpha: float = chz.field(default=0.5, doc="kd: share of the KL, the rest is cross-entropy with the given token")
     groups_per_batch: int = chz.field(default=64, doc="examples per step")
 
     @chz.validate
@@ -72,6 +75,8 @@ class Config(StudentConfig):
                 f"support={self.support} needs the teacher's whole distribution, of which a capture holds the top k. "
                 "Possible here: support=teacher_topk, support=sampled, and objective=topk_forward_kl"
             )
+        if self.objective == "kd" and self.support == "sampled":
+            raise ConfigError("support=sampled: objective=kd takes the teacher's top k; leave support out")
         fields = chz.chz_fields(StudentConfig)
         for name in _NOT_HERE:
             if getattr(self, name) != fields[name]._default:
@@ -81,13 +86,15 @@ class Config(StudentConfig):
     def make_objective(self, captured: int) -> Objective:
         """For a file that holds the top `captured`. Raises `ConfigError`."""
         if self.objective == "jsd" and self.support == "sampled":
-            return JSD(beta=self.beta, support="sampled", top_k=self.top_k, tail=self.tail)
+            return JSD(self.beta, "sampled", self.top_k, self.tail, self.loss_temperature)
         top_k = self.top_k or captured
         if top_k > captured:
             raise ConfigError(f"top_k={top_k}: {self.capture_path} holds the teacher's top {captured}")
+        if self.objective == "kd":
+            return ClassicKD(self.alpha, JSD(0.0, self.support, top_k, self.tail, self.loss_temperature))
         if self.objective == "jsd":
-            return JSD(beta=self.beta, support="teacher_topk", top_k=top_k, tail=self.tail)
-        return TopKForwardKL(top_k)
+            return JSD(self.beta, "teacher_topk", top_k, self.tail, self.loss_temperature)
+        return TopKForwardKL(top_k, self.loss_temperature)
 
     def comparison_temperature(self) -> float:
         """The one that the capture was made at. Raises `DataError`."""

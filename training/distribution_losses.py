@@ -1,4 +1,4 @@
-"""Losses between whole distributions, or between what they say of a few tokens: `JSD` and `TopKForwardKL`.
+"""Losses between whole distributions, or between what they say of a few tokens: `JSD`, `TopKForwardKL`, `ClassicKD`.
 
 There is one divergence. It is taken over the vocabulary, or over the few outcomes of a support: then rows of
 some logprobs, with or without one more for the rest, are its logits. Formulas: `docs/formulas.md`.
@@ -99,13 +99,15 @@ class JSD:
 
     Over the vocabulary, or over a `support`: the `top_k` tokens that the teacher or the student finds likeliest,
     or the sampled token alone. `tail` says what becomes of the tokens outside: together one more outcome, or
-    left out with both distributions renormalised. Raises `ConfigError`.
+    left out with both distributions renormalised. With a `loss_temperature`, both are taken at that one in place of the
+    one that logits come at; no factor makes up for it. Raises `ConfigError`.
     """
 
     beta: float = 1.0
     support: Support = "full"
     top_k: int | None = None  # of teacher_topk and student_topk
     tail: Tail | None = None  # of any support but full; None: bucket
+    loss_temperature: float | None = None  # None: that of the logits
     looks_ahead: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
@@ -133,6 +135,13 @@ class JSD:
                 f"support={self.support} of one token with tail=renormalise: both distributions become 1 on it and the "
                 "loss is always 0. Use tail=bucket, or more tokens"
             )
+        check_loss_temperature(self.loss_temperature)
+        if self.loss_temperature is not None and not self._can_change_temperature:
+            raise ConfigError(
+                f"loss_temperature={self.loss_temperature}: with support={self.support} and tail=bucket the mass "
+                "outside would have to be known at that temperature, and is known at the sampling one. "
+                "Possible: tail=renormalise with teacher_topk, support=full or student_topk, objective=topk_forward_kl"
+            )
         if 0 < self.beta < 0.05 or 0.95 < self.beta < 1:
             warnings.warn(
                 f"beta={self.beta}: near 0 and 1 the divergence tends to 0, not to the KL at the endpoint; "
@@ -145,6 +154,12 @@ class JSD:
         return self.tail == "renormalise" and (self.support == "sampled" or self.top_k == 1)
 
     @property
+    def _can_change_temperature(self) -> bool:
+        return self.support in ("full", "student_topk") or (
+            self.support == "teacher_topk" and self.tail == "renormalise"
+        )
+
+    @property
     def need(self) -> SignalSpec:
         if self.support == "teacher_topk":
             assert self.top_k is not None
@@ -155,22 +170,30 @@ class JSD:
         raise NotImplementedError("a distribution loss has no advantages")
 
     def loss(self, logits, batch):
+        scale = to_loss_temperature(self.loss_temperature, batch)
         if self.support == "full":
-            return self._full(logits, batch)
+            return self._full(logits, batch, scale)
         ids, teacher = self._support(logits, batch)  # [n, k] each
         there = torch.isfinite(teacher)
-        student = chosen_logprobs(logits, ids)
+        student, judge = chosen_logprobs(_scaled(logits, scale), ids), _scaled(teacher, scale)
+        if self.support == "student_topk" and scale != 1:
+            assert batch.teacher_logits is not None
+            judge = chosen_logprobs(_scaled(batch.teacher_logits, scale), ids)
         tail = self.tail or "bucket"
-        loss = divergence(outcomes(student, there, tail), outcomes(teacher, there, tail), self.beta)
+        loss = divergence(outcomes(student, there, tail), outcomes(judge, there, tail), self.beta)
         live, judged = _sampled_logprobs(logits, batch)
         metrics = _against_sampler(live, judged, batch)
         if self.top_k is not None:
             metrics |= _mass(teacher, there)
         return LossOutput(loss, metrics)
 
-    def _full(self, logits: Float[Tensor, "n v"], batch: TokenBatch) -> LossOutput:
+    def _full(self, logits: Float[Tensor, "n v"], batch: TokenBatch, scale: float) -> LossOutput:
         assert batch.teacher_logits is not None
-        loss, entropy, live, judged = _Divergence.apply(logits, batch.teacher_logits, self.beta, batch.ids)  # type: ignore[misc]
+        loss, entropy, live, judged = _Divergence.apply(  # type: ignore[misc]
+            _scaled(logits, scale), _scaled(batch.teacher_logits, scale), self.beta, batch.ids
+        )
+        if scale != 1:  # what is measured is of the distributions that are sampled from
+            return LossOutput(loss, _against_sampler(*_sampled_logprobs(logits, batch), batch))
         metrics = {**_against_sampler(live, judged, batch), "entropy": entropy}
         if self.beta == 1:
             metrics["exact_kl"] = loss.detach()
@@ -191,12 +214,14 @@ class JSD:
 @dataclass(frozen=True)
 class TopKForwardKL:
     """Cross-entropy against the teacher's `top_k` likeliest tokens, their probabilities renormalised to 1
-    (SEMANTICS section 3). Raises `ConfigError`."""
+    (SEMANTICS section 3), both at `loss_temperature` if it is given. Raises `ConfigError`."""
 
     top_k: int
+    loss_temperature: float | None = None  # None: that of the logits
     looks_ahead: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
+        check_loss_temperature(self.loss_temperature)
         if self.top_k < 1:
             raise ConfigError(f"top_k={self.top_k}: expected 1 or more")
 
@@ -210,10 +235,66 @@ class TopKForwardKL:
     def loss(self, logits, batch):
         ids, teacher = _teacher_topk(batch)
         there = torch.isfinite(teacher)
-        weights = teacher.masked_fill(~there, NO_TOKEN).softmax(-1).masked_fill(~there, 0.0)  # all 0: no token is there
-        loss = -(weights * chosen_logprobs(logits, ids)).sum(-1)
+        scale = to_loss_temperature(self.loss_temperature, batch)
+        judge = _scaled(teacher, scale).masked_fill(~there, NO_TOKEN)
+        weights = judge.softmax(-1).masked_fill(~there, 0.0)  # all 0: no token is there
+        loss = -(weights * chosen_logprobs(_scaled(logits, scale), ids)).sum(-1)
         live, judged = _sampled_logprobs(logits, batch)
         return LossOutput(loss, {**_against_sampler(live, judged, batch), **_mass(teacher, there)})
+
+
+@dataclass(frozen=True)
+class ClassicKD:
+    """(1 - alpha) * cross-entropy with the given token + alpha * tau**2 * KL(teacher || student), the KL of both at the
+    temperature tau, after Hinton et al. 2015 (arXiv 1503.02531; SEMANTICS section 4). Raises `ConfigError`.
+
+    `soft` is that KL: a `JSD` at `beta=0` with tau as its `loss_temperature`. The cross-entropy is at temperature 1.
+    """
+
+    alpha: float = 0.5
+    soft: JSD = field(default_factory=lambda: JSD(beta=0))
+    looks_ahead: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ConfigError(f"alpha={self.alpha}: expected a number from 0 to 1")
+        if self.soft.beta != 0 or self.soft.support not in ("full", "teacher_topk"):
+            raise ConfigError(
+                f"beta={self.soft.beta} support={self.soft.support}: objective=kd is about KL(teacher || student), "
+                "with support=full or support=teacher_topk"
+            )
+
+    @property
+    def need(self) -> SignalSpec:
+        return self.soft.need
+
+    def advantages(self, logprobs, batch, lengths):
+        raise NotImplementedError("a distribution loss has no advantages")
+
+    def loss(self, logits, batch):
+        soft = self.soft.loss(logits, batch)
+        tau = batch.temperature if self.soft.loss_temperature is None else self.soft.loss_temperature
+        hard = -token_logprobs(_scaled(logits, batch.temperature), batch.ids)
+        loss = (1 - self.alpha) * hard + self.alpha * tau**2 * soft.loss
+        return LossOutput(loss, {**soft.metrics, "nll": hard.detach(), "forward_kl": soft.loss.detach()})
+
+
+# --- temperature
+
+
+def check_loss_temperature(value: float | None) -> None:
+    """Raises `ConfigError`."""
+    if value is not None and not 0 < value < math.inf:
+        raise ConfigError(f"loss_temperature={value}: expected a positive number")
+
+
+def to_loss_temperature(wanted: float | None, batch: TokenBatch) -> float:
+    """The factor that takes logits from the batch's temperature to the wanted one."""
+    return 1.0 if wanted is None else batch.temperature / wanted
+
+
+def _scaled(values: Tensor, factor: float) -> Tensor:
+    return values if factor == 1 else values * factor
 
 
 def _teacher_topk(batch: TokenBatch) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"]]:

@@ -222,7 +222,9 @@ class Learner:
     def _token_batch(
         self, batch: PackedBatch, span: slice, need: SignalSpec, vocab_size: int, device: torch.device
     ) -> TokenBatch:
-        tokens = TokenBatch(batch.ids[span].to(device), batch.sampler_logprobs[span].to(device))
+        tokens = TokenBatch(
+            batch.ids[span].to(device), batch.sampler_logprobs[span].to(device), temperature=self.temperature
+        )
         if need is SignalKind.SAMPLED:
             return replace(tokens, teacher_logprobs=_teacher_logprobs(batch)[span].to(device))
         if need is SignalKind.FULL:

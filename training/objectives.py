@@ -31,6 +31,7 @@ class TokenBatch:
     teacher_logits: Float[Tensor, "n v"] | None = None
     topk_ids: Int[Tensor, "n k"] | None = None  # ids that the student has
     topk_logprobs: Float[Tensor, "n k"] | None = None  # of the teacher; -inf: no token there
+    temperature: float = 1.0  # that all logits and logprobs are at
     advantages: Float[Tensor, " n"] | None = None  # given by `Objective.advantages`, if it looks ahead, or for spans
     spans: Int[Tensor, " n"] | None = None  # tokens that the teacher scored as one have one number; -1: not scored
 

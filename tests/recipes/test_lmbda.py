@@ -70,6 +70,13 @@ def test_between_0_and_1_groups_are_of_both_kinds_and_a_stopped_run_draws_the_sa
     assert [given(e) for e in episodes(tmp_path / "again", 1)] == [given(e) for e in episodes(whole, 1)]
 
 
+def test_classic_distillation_of_given_answers_with_a_whole_distribution(tmp_path: Path, models: Models):
+    options = {"objective": "kd", "alpha": 0.25, "loss_temperature": 2.0, "eval_size": 0, "max_tokens": 24}
+    path = tiny_models.run(tmp_path / "run", models, lmbda=0.0, **options)
+    for row in training_rows(path):
+        assert row["loss"] == pytest.approx(0.75 * row["nll"] + 0.25 * 4 * row["forward_kl"], rel=1e-4)
+
+
 def test_a_given_answer_is_cut_where_an_attempt_would_be(tmp_path: Path, models: Models):
     file = tmp_path / "long.jsonl"
     row = {"messages": [{"role": "user", "content": "1+2="}], "completion": "3" * 30}
@@ -85,6 +92,9 @@ def test_a_given_answer_is_cut_where_an_attempt_would_be(tmp_path: Path, models:
     ("options", "parts"),
     [
         ({"objective": "reverse_kl", "lmbda": 0.5}, ("lmbda=0.5", "objective=jsd or objective=topk_forward_kl")),
+        ({"objective": "kd"}, ("objective=kd", "set lmbda=0")),
+        ({"objective": "kd", "lmbda": 0.0, "beta": 0.5}, ("objective=kd has no beta",)),
+        ({"objective": "reverse_kl", "loss_temperature": 2.0}, ("has no loss_temperature", "objective=jsd")),
         ({"objective": "jsd", "lmbda": 1.5}, ("lmbda=1.5: expected a probability",)),
         ({"objective": "jsd", "lmbda": 0.5}, ("rows:2: has no completion", "set lmbda=1")),
     ],

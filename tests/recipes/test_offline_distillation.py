@@ -275,6 +275,24 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path, mo
     assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
 
 
+def test_a_loss_temperature_undoes_that_of_the_capture(tmp_path: Path, models: Models):
+    """Where only the ratios of the teacher's top k count, two captures at unlike temperatures train alike."""
+    options = {"objective": "kd", "tail": "renormalise", "alpha": 0.7, "loss_temperature": 1.5}
+    runs = []
+    for temperature in (1.0, 2.0):
+        (folder := tmp_path / str(temperature)).mkdir()
+        file = capture(folder, models, temperature=temperature)
+        runs.append(train(folder / "run", models, file, **options))
+    ours, theirs = (weights(final(path)) for path in runs)
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-5)
+    rows, others = (training_rows(path) for path in runs)
+    for row, other in zip(rows, others, strict=True):
+        assert row["nll"] == pytest.approx(other["nll"], rel=1e-3) and row["kl"] != pytest.approx(other["kl"], rel=1e-2)
+        soft = 1.5**2 * row["forward_kl"]
+        assert row["loss"] == pytest.approx(0.3 * row["nll"] + 0.7 * soft, rel=1e-4)
+
+
 def test_the_temperature_is_that_of_the_capture(tmp_path: Path, models: Models):
     file = capture(tmp_path, models, temperature=2.0)
     with tiny_models.captured_engines() as engines:
@@ -302,6 +320,12 @@ OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "policy gradient": ({"objective": "reverse_kl"}, ("objective=reverse_kl", "topk_forward_kl, jsd")),
     "beta of another": ({"beta": 0.5}, ("has no beta", "objective=jsd")),
     "k of one token": ({"objective": "jsd", "support": "sampled", "top_k": 2}, ("top_k=2",)),
+    "temperature of a bucket": (
+        {"objective": "jsd", "loss_temperature": 2},
+        ("loss_temperature=2.0", "tail=renormalise with teacher_topk"),
+    ),
+    "alpha of another": ({"alpha": 0.3}, ("has no alpha", "objective=kd")),
+    "kd of one token": ({"objective": "kd", "support": "sampled"}, ("support=sampled",)),
     "sampling": ({"max_tokens": 7}, ("max_tokens", "nothing is sampled")),
     "evaluation": ({"eval_every": 7}, ("eval_every", "recipes.evaluate")),
     "no examples": ({"groups_per_batch": 0}, ("groups_per_batch=0",)),
