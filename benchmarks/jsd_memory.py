@@ -2,28 +2,34 @@
 
     .venv/bin/python -m benchmarks.jsd_memory
     .venv/bin/python -m benchmarks.jsd_memory beta=1 device=cuda
+    .venv/bin/python -m benchmarks.jsd_memory trl_python=/path/to/an/environment/with/trl/bin/python
 
 Student and teacher are little more than their heads. What is printed is the growth over the moment before the
 step, when weights, their gradients and both models' hidden states have been there: on a CPU of the process's
 resident memory, looked at every millisecond; on CUDA of what torch has allocated.
+
+With `trl_python`, the chunked divergence of TRL's `DistillationTrainer` follows, in a process of its own, on the same
+hidden states and heads (`jsd_trl_peer.py`), and both losses and gradients of the head are compared. Ours has a trunk
+of one layer to run besides.
 """
 
 from __future__ import annotations
 
 import gc
-import resource
+import json
+import os
+import subprocess
 import sys
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import chz
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.peak_memory import MIB, measured
 from envs.types import Episode, StopReason, Turn
 from models import attention
 from models.causal_lm import CausalLM
@@ -35,7 +41,6 @@ from training.distribution_losses import JSD
 from training.learner import Learner
 from training.packing import TrainingItem
 
-MIB = 2**20
 PROMPT = 8  # tokens before the trained ones
 
 
@@ -48,6 +53,7 @@ class Config:
     hidden: int = chz.field(default=64, doc="size of the hidden states")
     beta: float = chz.field(default=0.5, doc="of the JSD")
     device: str = chz.field(default="auto", doc="auto, cpu, cuda or cuda:N")
+    trl_python: str | None = chz.field(default=None, doc="a Python that has trl, to measure it on the same tensors")
 
 
 def main(config: Config) -> None:
@@ -56,14 +62,49 @@ def main(config: Config) -> None:
     learner = Learner(student, token_budget=config.tokens + PROMPT)
     objective = JSD(beta=config.beta)
     learner.forward_backward([make_item(config, teacher, tokens=16)], objective)  # makes the gradients' tensors
+    for parameter in learner.parameters:
+        assert parameter.grad is not None
+        parameter.grad.zero_()
     item = make_item(config, teacher, tokens=config.tokens)
     gc.collect()
     with measured(device) as found:
-        learner.forward_backward([item], objective)
+        (metrics,) = learner.forward_backward([item], objective)
     logits = config.tokens * config.vocab * 4 / MIB
     print(f"{device}: {config.tokens} tokens, vocabulary of {config.vocab}, beta {config.beta}, {found['s']:.1f} s")
     print(f"peak above weights, gradients and the teacher's hidden states: {found['mib']:.0f} MiB")
     print(f"all logits of one model alone, which are never held: {logits:.0f} MiB")
+    if config.trl_python is not None:
+        theirs = trl(config, student, teacher, item)
+        head: Any = student.model.get_output_embeddings()
+        ours = {"loss": metrics.values["loss"].mean(), "head gradient": head.weight.grad.norm().item()}
+        print(f"TRL {theirs['trl']}: {theirs['s']:.1f} s, peak {theirs['mib']:.0f} MiB")
+        time, memory = found["s"] / theirs["s"], found["mib"] / theirs["mib"]
+        print(f"Protege takes {time:.2f} of its time and {memory:.2f} of its memory")
+        for name, value in ours.items():
+            print(f"{name}: {value:.7g} here, {theirs[name]:.7g} there")
+
+
+def trl(config: Config, student: CausalLM, teacher: CausalLM, item: TrainingItem) -> dict[str, Any]:
+    """What TRL takes for the same positions: seconds, MiB, loss, and the norm of the head's gradient."""
+    rows = torch.from_numpy(np.flatnonzero(item.episode.sampled)) - 1
+    assert item.signal is not None and item.signal.hidden is not None
+    with torch.no_grad():
+        hidden = student.hidden([torch.from_numpy(item.episode.token_ids).long()])[rows.to(student.device)]
+    heads: list[Any] = [lm.model.get_output_embeddings() for lm in (student, teacher)]
+    tensors = [hidden, heads[0].weight.data, item.signal.hidden, heads[1].weight.data]
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save([x.cpu() for x in tensors], Path(folder) / "tensors.pt")
+        command = [
+            str(config.trl_python),
+            "-m",
+            "benchmarks.jsd_trl_peer",
+            folder,
+            str(config.beta),
+            str(student.device),
+        ]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def make_model(config: Config, seed: int, device: torch.device) -> CausalLM:
@@ -102,39 +143,6 @@ def make_item(config: Config, teacher: CausalLM, tokens: int) -> TrainingItem:
     positions = np.flatnonzero(sampled)
     (signal,) = TransformersScorer("teacher", teacher)._score([TeacherView(ids, positions, positions)], SignalKind.FULL)
     return TrainingItem(episode, signal)
-
-
-@contextmanager
-def measured(device: torch.device) -> Iterator[dict[str, float]]:
-    """Growth of memory at its highest, and seconds."""
-    found: dict[str, float] = {}
-    start = time.perf_counter()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        yield found
-        found["mib"] = (torch.cuda.max_memory_allocated(device) - before) / MIB
-    else:
-        before, highest, done = resident(), [0], threading.Event()
-
-        def watch() -> None:
-            while not done.wait(0.001):
-                highest[0] = max(highest[0], resident())
-
-        thread = threading.Thread(target=watch)
-        thread.start()
-        try:
-            yield found
-        finally:
-            done.set()
-            thread.join()
-        found["mib"] = (highest[0] - before) / MIB
-    found["s"] = time.perf_counter() - start
-
-
-def resident() -> int:
-    """Bytes of this process in memory. Linux only."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from models.device_thread import compute
 from models.teacher_view import exchanged
 from models.types import Signal, SignalKind, SignalSpec, TeacherTopK, TeacherView
 
-HEAD_ELEMENTS = 1 << 23  # logits held at a time: 32 MiB in float32
+HEAD_ELEMENTS = 1 << 23  # logits held at a time, to a row: 32 MiB in float32
 
 
 class TransformersScorer:
@@ -64,7 +64,7 @@ class TransformersScorer:
         if need is SignalKind.FULL:
             return Signal(hidden=hidden.cpu(), head=self.head, swap=view.swap)  # a whole batch is too much for a GPU
         ids = torch.from_numpy(view.token_ids[view.positions]).long().to(hidden.device)
-        chunk = max(1, HEAD_ELEMENTS // self._lm.vocab_size)
+        chunk = -(-HEAD_ELEMENTS // self._lm.vocab_size)  # rounded up, as the learner's
         k = min(need.k, self._lm.vocab_size) if isinstance(need, TeacherTopK) else 0
         logprobs, topk_ids, topk_logprobs = [], [], []
         for h, x in zip(hidden.split(chunk), ids.split(chunk), strict=True):

@@ -212,7 +212,9 @@ class Learner:
 
     def _chunks(self, batch: PackedBatch, need: SignalSpec) -> Iterator[slice]:
         """Slices of the trained tokens; no slice of kind FULL spans two teachers' heads."""
-        size = max(1, self.head_elements // self.lm.vocab_size)
+        # why: rounded up. glibc gives tensors of 32 MiB and more pages of their own, and takes them back when they are
+        # freed. Chunks a little smaller lie in its heap, which they broke up: it grew by several times the logits.
+        size = -(-self.head_elements // self.lm.vocab_size)
         start = 0
         for stop in _run_ends(batch, need):
             for at in range(start, stop, size):

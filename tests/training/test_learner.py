@@ -339,6 +339,15 @@ def test_gradient_does_not_depend_on_how_the_work_is_cut(case, objective):
         assert_same_metrics(a, b)
 
 
+def test_a_chunk_of_the_head_is_not_smaller_than_it_says(case):
+    """Of 2^23 logits it has pages of its own, and gives them back; a row less, and glibc's heap grows and grows."""
+    items = case.items(SignalKind.FULL)
+    lm = SpiedLM(case.model)
+    learner_gradients(case.model, items, JSD(), lm=lm, head_elements=3 * VOCAB + 1, token_budget=10_000)
+    sizes = [len(rows) for rows in lm.head_rows]
+    assert len(sizes) > 2 and set(sizes[:-1]) == {4}
+
+
 @pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "token_sum"])
 def test_factors_weigh_episodes_and_change_nothing_about_the_cut(case, reduction):
     """Of a dataset's weight: the sum over tokens is weighed, what it is divided by is not."""
