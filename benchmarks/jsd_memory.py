@@ -70,18 +70,22 @@ def main(config: Config) -> None:
     with measured(device) as found:
         (metrics,) = learner.forward_backward([item], objective)
     logits = config.tokens * config.vocab * 4 / MIB
-    print(f"{device}: {config.tokens} tokens, vocabulary of {config.vocab}, beta {config.beta}, {found['s']:.1f} s")
+    print(f"{device}: {config.tokens} tokens, vocabulary of {config.vocab}, beta {config.beta}, {_seconds(found)}")
     print(f"peak above weights, gradients and the teacher's hidden states: {found['mib']:.0f} MiB")
     print(f"all logits of one model alone, which are never held: {logits:.0f} MiB")
     if config.trl_python is not None:
         theirs = trl(config, student, teacher, item)
         head: Any = student.model.get_output_embeddings()
         ours = {"loss": metrics.values["loss"].mean(), "head gradient": head.weight.grad.norm().item()}
-        print(f"TRL {theirs['trl']}: {theirs['s']:.1f} s, peak {theirs['mib']:.0f} MiB")
-        time, memory = found["s"] / theirs["s"], found["mib"] / theirs["mib"]
-        print(f"Protege takes {time:.2f} of its time and {memory:.2f} of its memory")
+        print(f"TRL {theirs['trl']}: {_seconds(theirs)}, peak {theirs['mib']:.0f} MiB")
+        for label, name in (("processor time", "cpu_s"), ("time", "s"), ("memory", "mib")):
+            print(f"{label}: Protege takes {found[name] / theirs[name]:.2f} of what TRL takes")
         for name, value in ours.items():
             print(f"{name}: {value:.7g} here, {theirs[name]:.7g} there")
+
+
+def _seconds(found: dict[str, Any]) -> str:
+    return f"{found['s']:.1f} s ({found['cpu_s']:.1f} s of processors)"
 
 
 def trl(config: Config, student: CausalLM, teacher: CausalLM, item: TrainingItem) -> dict[str, Any]:
