@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """The tokenizer of `source.name`, with its chat template if it has one. Raises ModelError."""
-    check_source(source)
+    check_source(source, weights=False)  # of a teacher on a server there may be the tokenizer alone
     where, gguf = where_from(source.name)
     with explained("tokenizer", source.name):
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **gguf)

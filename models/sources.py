@@ -53,8 +53,10 @@ class ModelSource:
     checkpoint: str | None = None  # local folder: full weights instead of `name`'s, or an adapter on them
 
 
-def check_source(source: ModelSource) -> None:
-    """Everything that can be said about a source before loading it. Raises ModelError.
+def check_source(source: ModelSource, *, weights: bool = True) -> None:
+    """Everything that can be said about a source before loading it; without `weights`, what a tokenizer needs.
+
+    Raises ModelError.
 
     Reads a few bytes of local files; a hub id that is not in the cache costs one request.
     """
@@ -63,7 +65,7 @@ def check_source(source: ModelSource) -> None:
         _check_hub_id(source.name)
     elif path.is_file():
         _check_gguf(path)
-    else:
+    elif weights:
         _check_folder(path)
         if source.checkpoint is None or is_adapter(source.checkpoint):
             _need_any(path, _WEIGHT_PATTERNS, "weights", "save the model there with save_pretrained")

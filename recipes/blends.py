@@ -22,7 +22,7 @@ class Listed(Protocol):
     """One entry of the option `teachers`."""
 
     @property
-    def model(self) -> str: ...
+    def model(self) -> str | None: ...
 
     @property
     def checkpoint(self) -> str | None: ...
@@ -81,7 +81,7 @@ def names(teachers: Sequence[Listed]) -> dict[int, str]:
         teacher = teachers[i]
         name = teacher.route
         if count[name] > 1:
-            name = teacher.checkpoint or teacher.model
+            name = teacher.checkpoint or teacher.model or name
             name = f"{name} (teachers.{i})" if name in taken else name
             taken.add(name)
         found[i] = name

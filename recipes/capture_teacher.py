@@ -33,11 +33,11 @@ from errors import ConfigError, DataError
 from models.device_thread import compute
 from models.loading import load_config
 from models.transformers_sampler import TransformersSampler
-from models.transformers_scorer import TransformersScorer
-from models.types import TeacherTopK
+from models.types import Scorer, TeacherTopK
 from recipes import setup
 from recipes.cli import run_cli
 from recipes.config import DEFAULT_TOP_K, TrainConfig
+from recipes.served import ServerOptions
 from recipes.teachers import refuse_ema
 from training.capture import CaptureHeader, CaptureWriter, captured
 from training.capture_files import writer as capture_writer
@@ -52,7 +52,12 @@ DEFAULT_MAX_TOKENS = 512
 class Config:
     """One teacher over one dataset."""
 
-    teacher_model: str = chz.field(doc="the teacher: hub id, local folder or .gguf file")
+    teacher_model: str | None = chz.field(
+        default=None,
+        doc="the teacher: hub id, local folder or .gguf file. With teacher.url: its tokenizer and chat template; "
+        "default: the model that is served",
+    )
+    teacher: ServerOptions = chz.field(default_factory=ServerOptions, doc="a teacher that a server holds")
     teacher_checkpoint: str | None = chz.field(default=None, doc="the teacher's weights: HF folder or adapter")
     teacher_system_prompt: str | None = chz.field(
         default=None, doc="system message that the teacher sees; default: system_prompt, '' for none"
@@ -98,6 +103,16 @@ class Config:
                 raise ConfigError(f"{name}={value}: expected 1 or more")
         if self.max_tokens is not None and self.completions != "teacher":
             raise ConfigError("max_tokens is of completions=teacher: other answers are as long as they are")
+        if self.model_name is None and self.teacher_model is None:
+            raise ConfigError(
+                "missing: teacher_model\n  teacher_model=  (str), in whose format the sequences are written; with "
+                "teacher.url, model_name= does as well\n--help lists every option"
+            )
+        if self.completions == "teacher" and self.teacher.url:
+            raise ConfigError(
+                "completions=teacher samples from the teacher, whose weights are not here but at teacher.url: capture "
+                "given or saved completions, or load the teacher"
+            )
         saved = self.completions == "saved"
         if saved != (self.episodes_path is not None):
             raise ConfigError("completions=saved and episodes_path go together: give both, or neither")
@@ -116,9 +131,12 @@ class Config:
         """The same models as a training run would see them, which is how they are loaded and checked."""
         own_format = self.model_name is None
         return TrainConfig(
-            model_name=self.model_name or self.teacher_model,
+            model_name=self.model_name or self.teacher_model or "",
             load_checkpoint_path=self.teacher_checkpoint if own_format else None,
             teacher_model=self.teacher_model,
+            teacher=self.teacher,
+            objective="topk_forward_kl",
+            top_k=self.top_k,
             teacher_checkpoint=self.teacher_checkpoint,
             system_prompt=self.system_prompt,
             teacher_system_prompt=self.teacher_system_prompt,
@@ -140,7 +158,8 @@ def presets(given: dict[str, str]) -> dict[str, Any]:
         locate(dataset, given.get("dataset_path"))  # a typo is named here, not the options that it did not bring
         return {}
     longest = {"max_tokens": 24} if given.get("completions") == "teacher" else {}  # the models' context is small
-    return {"teacher_model": "embedded:teacher", "max_rows": 2000, **longest}
+    teacher = {} if "teacher.url" in given else {"teacher_model": "embedded:teacher"}
+    return {**teacher, "max_rows": 2000, **longest}
 
 
 def main(config: Config) -> None:
@@ -186,10 +205,9 @@ def _rows(config: Config) -> Dataset:
     )
     setup.refuse_hints(data.train)
     for row in data.train:
-        if row.teacher not in (None, config.teacher_model):
-            raise DataError(
-                f"{row.row_id}: its teacher is {row.teacher!r}, this capture is of {config.teacher_model!r}"
-            )
+        teacher = config.as_training().teacher_name
+        if row.teacher not in (None, teacher):
+            raise DataError(f"{row.row_id}: its teacher is {row.teacher!r}, this capture is of {teacher!r}")
         if config.completions == "given" and row.completion is None:
             raise DataError(
                 f"{row.row_id}: has no completion. Give one, or let the teacher answer: completions=teacher"
@@ -225,7 +243,7 @@ def _header(
         made_from += [config.seed, _max_tokens(config)]
     made_from += [hashlib.sha256(e.token_ids.tobytes() + e.sampled.tobytes()).hexdigest() for e in saved.values()]
     return CaptureHeader(
-        teacher=config.teacher_model,
+        teacher=training.teacher_name,
         weights=teacher.weights,
         tokenizer=tokenizer_fingerprint(student.tokenizer),
         format=student.fingerprint,
@@ -251,7 +269,7 @@ def _check_lengths(config: Config, checked: Checked) -> None:
             answer = len(answer_ids(student, row.completion or ""))
         if (length := max(map(len, prompts)) + answer) > limit:
             raise DataError(
-                f"{row.row_id}: {length} tokens with its answer, the models' context is {limit}. "
+                f"{row.row_id}: {length} tokens with its answer; {checked.models.context_limit}. "
                 "Shorten it or leave it out"
             )
 
@@ -270,34 +288,40 @@ async def _capture(config: Config, checked: Checked) -> None:
 
 
 async def _write(config: Config, checked: Checked, writer: CaptureWriter) -> None:
-    training, models, rows = config.as_training(), checked.models, checked.rows
+    training, models = config.as_training(), checked.models
     teacher = models.only_teacher
+    if teacher.served is not None:
+        await _score_all(config, checked, writer, teacher.served.make_scorer(teacher.name), None)
+        return
     lm = await compute(setup.load_teacher, training, models, teacher.source)
-    scorer = TransformersScorer(
-        config.teacher_model,
-        lm,
-        temperature=checked.header.temperature,
-        token_budget=4 * training.token_budget(models.device),
-    )
+    scorer = setup.local_scorer(training, models, teacher.name, lm)
     async with TransformersSampler(lm, teacher.renderer.tokenizer, slots=BATCH) as sampler:
-        # why: batches by position, not of what is left: a capture that went on then rounds like one that did not
-        for start in range(0, len(rows), BATCH):
-            batch = rows[start : start + BATCH]
-            if all(row.row_id in writer.done for row in batch):
-                continue
-            episodes = await _episodes(config, checked, batch, sampler)
-            signals = await scorer.score([teacher.views.view(e) for e in episodes], TeacherTopK(config.top_k))
-            found = [captured(e, s) for e, s in zip(episodes, signals, strict=True) if e.row_id not in writer.done]
-            await anyio.to_thread.run_sync(writer.append, found)
-            print(f"{min(start + BATCH, len(rows))} of {len(rows)} examples")
+        await _score_all(config, checked, writer, scorer, sampler)
+
+
+async def _score_all(
+    config: Config, checked: Checked, writer: CaptureWriter, scorer: Scorer, sampler: TransformersSampler | None
+) -> None:
+    teacher, rows = checked.models.only_teacher, checked.rows
+    # why: batches by position, not of what is left: a capture that went on then rounds like one that did not
+    for start in range(0, len(rows), BATCH):
+        batch = rows[start : start + BATCH]
+        if all(row.row_id in writer.done for row in batch):
+            continue
+        episodes = await _episodes(config, checked, batch, sampler)
+        signals = await scorer.score([teacher.views.view(e) for e in episodes], TeacherTopK(config.top_k))
+        found = [captured(e, s) for e, s in zip(episodes, signals, strict=True) if e.row_id not in writer.done]
+        await anyio.to_thread.run_sync(writer.append, found)
+        print(f"{min(start + BATCH, len(rows))} of {len(rows)} examples")
 
 
 async def _episodes(
-    config: Config, checked: Checked, rows: Sequence[Row], sampler: TransformersSampler
+    config: Config, checked: Checked, rows: Sequence[Row], sampler: TransformersSampler | None
 ) -> list[Episode]:
     if checked.saved:
         return [checked.saved[row.row_id] for row in rows]
     if config.completions == "teacher":
+        assert sampler is not None  # refused of a teacher on a server
         episodes = await _sampled(config, checked, rows, sampler)
         await sampler.sleep()
         return episodes

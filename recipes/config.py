@@ -12,6 +12,8 @@ from envs.datasets import Dataset
 from envs.given import answered
 from errors import ConfigError
 from models.checks import common_temperature
+from models.types import SignalSpec
+from recipes.served import ServerOptions
 from recipes.student_config import StudentConfig, check_at_least, check_positive, json_object
 from recipes.teachers import DEFAULT_EMA_DECAY, EMA, TeacherSpec, ema_decay_of
 from training.distribution_losses import JSD, ClassicKD, Support, Tail, TopKForwardKL
@@ -159,6 +161,9 @@ class OnPolicyConfig(StudentConfig):
             signal_policy=bounds.signal_policy,
         )
 
+    def signal_need(self) -> SignalSpec:
+        return self.make_objective().need
+
     def comparison_temperature(self) -> float:
         return common_temperature(self.temperature, {})
 
@@ -181,9 +186,12 @@ class OnPolicyConfig(StudentConfig):
 class TrainConfig(OnPolicyConfig):
     """Student, one teacher, objective, optimizer and run: everything but the data."""
 
-    teacher_model: str = chz.field(
-        doc=f"the teacher: hub id, local folder or .gguf file; {EMA}: the student's own moving average"
+    teacher_model: str | None = chz.field(
+        default=None,
+        doc=f"the teacher: hub id, local folder or .gguf file; {EMA}: the student's own moving average. With "
+        "teacher.url: its tokenizer and chat template; default: the model that is served",
     )
+    teacher: ServerOptions = chz.field(default_factory=ServerOptions, doc="a teacher that a server holds")
     teacher_checkpoint: str | None = chz.field(default=None, doc="the teacher's weights: HF folder or adapter")
     teacher_system_prompt: str | None = chz.field(
         default=None, doc="system message in the teacher's view; default: the student's, '' for none"
@@ -195,21 +203,48 @@ class TrainConfig(OnPolicyConfig):
         default=None, doc="temperature of the teacher's logprobs; must be `temperature`, which is the default"
     )
 
+    @chz.validate
+    def _has_teacher(self) -> None:
+        if self.teacher_model is None and not self.teacher.url:
+            raise ConfigError(
+                "missing: teacher_model\n  teacher_model=  (str), or teacher.url= for one that a server holds\n"
+                "--help lists every option"
+            )
+        check_server(self.teacher, self.teacher_checkpoint, "teacher_checkpoint")
+        if self.teacher.url and self.eval_teacher:
+            raise ConfigError(
+                "eval_teacher=True samples from the teacher, whose weights are at teacher.url, not here: leave it out"
+            )
+
+    @property
+    def teacher_name(self) -> str:
+        """Of the teacher in metrics, episodes and errors."""
+        return self.teacher_model or next(iter(self.teacher.url), "")
+
     def comparison_temperature(self) -> float:
-        return common_temperature(self.temperature, {self.teacher_model: self.teacher_temperature})
+        return common_temperature(self.temperature, {self.teacher_name: self.teacher_temperature})
 
     def teacher_specs(self) -> Sequence[TeacherSpec]:
         kwargs = self.teacher_chat_template_kwargs
         return [
             TeacherSpec(
-                name=self.teacher_model,
+                name=self.teacher_name,
                 model=self.teacher_model,
                 checkpoint=self.teacher_checkpoint,
                 system_prompt=self.teacher_system_prompt,
                 template_kwargs=None if kwargs is None else json_object("teacher_chat_template_kwargs", kwargs),
                 ema_decay=ema_decay_of(self.teacher_model, self.teacher_ema_decay),
+                server=self.teacher,
             )
         ]
+
+
+def check_server(server: ServerOptions, checkpoint: str | None, option: str) -> None:
+    """Raises `ConfigError` for weights beside a server that has its own."""
+    if server.url and checkpoint is not None:
+        raise ConfigError(
+            f"{option}={checkpoint}: the server has the teacher's weights. Leave it out, or leave out url"
+        )
 
 
 _AT_LEAST = {

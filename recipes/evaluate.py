@@ -2,6 +2,7 @@
 
     python -m recipes.evaluate model_name=embedded:student dataset=arithmetic
     python -m recipes.evaluate model_name=./run/checkpoints/step_000100 dataset=gsm8k teacher_model=./teacher
+    python -m recipes.evaluate model_name=./run/checkpoints/step_000100 dataset=gsm8k teacher.url=http://host:8000
 
 Prints a table, and with `output_path=` writes the numbers as JSON.
 """
@@ -23,6 +24,7 @@ from models.device_thread import compute
 from recipes import setup
 from recipes.cli import run_cli
 from recipes.config import TrainConfig
+from recipes.served import ServerOptions
 from recipes.teachers import refuse_ema
 from training.atomic import write_atomic
 from training.evaluation import Judge, evaluate
@@ -34,7 +36,14 @@ class Config:
 
     model_name: str = chz.field(doc="hub id, local folder (a checkpoint too) or .gguf file")
     load_checkpoint_path: str | None = chz.field(default=None, doc="weights to use instead: HF folder or adapter")
-    teacher_model: str | None = chz.field(default=None, doc="also measure the reverse KL to this model")
+    teacher_model: str | None = chz.field(
+        default=None,
+        doc="also measure the reverse KL to this model. With teacher.url: its tokenizer; default: the model that is "
+        "served",
+    )
+    teacher: ServerOptions = chz.field(
+        default_factory=ServerOptions, doc="a teacher that a server holds; a plain vLLM server's KL is the sampled one"
+    )
     teacher_checkpoint: str | None = chz.field(default=None, doc="the teacher's weights: HF folder or adapter")
     teacher_alignment: Literal["ids", "bytes"] = chz.field(
         default="ids", doc="bytes: the teacher may have another tokenizer, and spans of text are compared"
@@ -59,21 +68,26 @@ class Config:
     def _check(self) -> None:
         if self.eval_size < 1:
             raise ConfigError(f"eval_size={self.eval_size}: expected 1 or more")
-        if self.teacher_checkpoint is not None and self.teacher_model is None:
+        if self.teacher_checkpoint is not None and self.teacher_model is None and not self.teacher.url:
             raise ConfigError("teacher_checkpoint needs teacher_model, which names its tokenizer")
-        if self.teacher_model is not None and self.samples == 0:
+        if self.has_teacher and self.samples == 0:
             raise ConfigError("the KL to a teacher is measured on sampled attempts: samples=0 leaves none")
         refuse_ema(self.teacher_model or self.model_name)
         self.as_training()
+
+    @property
+    def has_teacher(self) -> bool:
+        return self.teacher_model is not None or bool(self.teacher.url)
 
     def as_training(self) -> TrainConfig:
         """The same models as a training run would see them, which is how they are loaded and checked."""
         return TrainConfig(
             model_name=self.model_name,
             load_checkpoint_path=self.load_checkpoint_path,
-            teacher_model=self.teacher_model or self.model_name,
-            teacher_checkpoint=self.teacher_checkpoint if self.teacher_model else self.load_checkpoint_path,
+            teacher_model=self.teacher_model if self.has_teacher else self.model_name,
+            teacher_checkpoint=self.teacher_checkpoint if self.has_teacher else self.load_checkpoint_path,
             teacher_alignment=self.teacher_alignment,
+            teacher=self.teacher,
             system_prompt=self.system_prompt,
             chat_template_kwargs=self.chat_template_kwargs,
             temperature=self.temperature,
@@ -96,7 +110,7 @@ def main(config: Config) -> None:
     data = setup.check_prompt_lengths(
         data,
         models,
-        teacher_of=lambda row: training.teacher_model,
+        teacher_of=lambda row: training.teacher_name,
         max_tokens=config.max_tokens,
         max_prompt_tokens=None,
         drop=False,
@@ -114,14 +128,15 @@ async def _evaluate(
     config: Config, data: Dataset, models: setup.CheckedModels, training: TrainConfig
 ) -> dict[str, float]:
     student = await compute(setup.load_lm, training, models, models.student, models.compute_dtype)
-    teacher = student
-    if config.teacher_model is not None:
-        teacher = await compute(setup.load_teacher, training, models, models.only_teacher.source)
-    parts = setup.assemble(training, models, student, {training.teacher_model: teacher})
-    rows = setup.eval_set(data, models.student_renderer, lambda row: training.teacher_model, config.max_tokens)
-    judge = None
-    if config.teacher_model is not None:
-        judge = Judge(parts.learner, parts.teachers, exact=not models.only_teacher.report.by_bytes)
+    teachers = {training.teacher_name: student}
+    if config.teacher.url:
+        teachers = {}
+    elif config.teacher_model is not None:
+        lm = await compute(setup.load_teacher, training, models, models.only_teacher.source)
+        teachers = {config.teacher_model: lm}
+    parts = setup.assemble(training, models, student, teachers)
+    rows = setup.eval_set(data, models.student_renderer, lambda row: training.teacher_name, config.max_tokens)
+    judge = Judge(parts.learner, parts.teachers, parts.exact) if config.has_teacher else None
     async with parts.sampler:
         return await evaluate(
             rows,

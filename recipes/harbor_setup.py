@@ -126,9 +126,7 @@ def check_lengths(options: HarborOptions, data: HarborDataset, models: CheckedMo
     """Raises `ConfigError` for episodes that the models cannot read, or prompts that leave no room in them."""
     length = models.context_length
     if length is not None and options.max_trajectory_tokens > length:
-        raise ConfigError(
-            f"max_trajectory_tokens={options.max_trajectory_tokens}: the models' context is {length} tokens"
-        )
+        raise ConfigError(f"max_trajectory_tokens={options.max_trajectory_tokens}: {models.context_limit}")
     for renderer in {id(r): r for r in (models.student_renderer, models.teacher_renderer)}.values():
         for task in data.tasks.values():
             tokens = prompt_tokens(renderer, data, task.task_id)

@@ -3,6 +3,7 @@
     python -m recipes.on_policy_distillation
     python -m recipes.on_policy_distillation dataset=deepmath lora_rank=128 wandb_project=mine
     python -m recipes.on_policy_distillation dataset=prompts.jsonl model_name=./student teacher_model=./teacher
+    python -m recipes.on_policy_distillation dataset=gsm8k teacher.url=http://host:8000
 
 Without options: two-digit addition with two tiny embedded models, on any machine in minutes.
 Stop it whenever you like; the same command goes on where it stopped.
@@ -106,7 +107,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 def presets(given: dict[str, str]) -> dict[str, Any]:
     dataset = given.get("dataset", "arithmetic")
     if dataset in PRESETS:
-        return PRESETS[dataset]
+        of_a_local_teacher = {"teacher_model", "eval_teacher"} if "teacher.url" in given else set()
+        return {key: value for key, value in PRESETS[dataset].items() if key not in of_a_local_teacher}
     locate(dataset, given.get("dataset_path"))  # a typo is named here, not the options that it did not bring
     size = eval_size_of_file(dataset)
     return {} if size is None else {"eval_size": size}
@@ -158,16 +160,16 @@ def check(config: Config) -> Checked:
     )
     data = config.answered(data, strict=config.dataset not in NAMES)
     for row in (*data.train, *data.test):
-        if row.teacher not in (None, config.teacher_model):
+        if row.teacher not in (None, config.teacher_name):
             raise DataError(
-                f"{row.row_id}: its teacher is {row.teacher!r}, this run has only {config.teacher_model!r}. "
+                f"{row.row_id}: its teacher is {row.teacher!r}, this run has only {config.teacher_name!r}. "
                 "Remove the key, or use recipes.on_policy_multi_teacher"
             )
     models = setup.check_models(config)
     data = setup.check_prompt_lengths(
         data,
         models,
-        teacher_of=lambda row: config.teacher_model,
+        teacher_of=lambda row: config.teacher_name,
         max_tokens=config.max_tokens,
         max_prompt_tokens=config.max_prompt_tokens,
         drop=config.long_prompts == "drop",
@@ -187,7 +189,7 @@ def training_run(config: Config, checked: Checked) -> TrainingRun:
     data, models = checked.data, checked.models
 
     def teacher_of(row: Row) -> str:
-        return config.teacher_model
+        return config.teacher_name
 
     def held_out(renderer: Renderer) -> list[EvalSet]:
         return [setup.eval_set(data, renderer, teacher_of, config.max_tokens)] if data.test else []
@@ -210,7 +212,7 @@ def training_run(config: Config, checked: Checked) -> TrainingRun:
         models=models,
         plans=[plan],
         eval_sets=held_out(models.student_renderer),
-        teacher_sets={config.teacher_model: held_out(models.teacher_renderer)},
+        teacher_sets={config.teacher_name: held_out(models.teacher_renderer)},
         steps_per_epoch=-(-len(data.train) // config.groups_per_batch),
     )
 

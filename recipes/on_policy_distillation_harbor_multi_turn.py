@@ -92,7 +92,7 @@ DEMO: dict[str, Any] = {
 
 
 def presets(given: dict[str, str]) -> dict[str, Any]:
-    named = {"model_name", "teacher_model"} & given.keys()
+    named = {"model_name", "teacher_model", "teacher.url"} & given.keys()
     return {} if named or given.get("dataset", STARTER) != STARTER else DEMO
 
 
@@ -153,7 +153,7 @@ def training_run(config: Config, checked: Checked) -> TrainingRun:
 
     def builder(renderer: Renderer, row: Row, count: int, *, rewarded: bool) -> HarborEnvGroupBuilder:
         return group_builder(
-            config, data, row, renderer=renderer, teacher=config.teacher_model,
+            config, data, row, renderer=renderer, teacher=config.teacher_name,
             sandboxes=sandboxes_of(path), group_size=count, rewarded=rewarded,
             teacher_sees_solution=config.teacher_sees_solution,
         )  # fmt: skip
@@ -175,7 +175,7 @@ def training_run(config: Config, checked: Checked) -> TrainingRun:
         models=models,
         plans=[plan],
         eval_sets=held_out(student),
-        teacher_sets={config.teacher_model: held_out(models.teacher_renderer)},
+        teacher_sets={config.teacher_name: held_out(models.teacher_renderer)},
         steps_per_epoch=-(-len(data.train) // config.groups_per_batch),
     )
 

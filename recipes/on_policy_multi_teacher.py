@@ -34,69 +34,15 @@ from envs.sources import NAMES, Routing, load_dataset_rows, locate
 from errors import ConfigError
 from recipes import blends, setup
 from recipes.cli import run_cli
-from recipes.config import OnPolicyConfig
+from recipes.config import OnPolicyConfig, check_server
+from recipes.mixture import DatasetOptions, TeacherOptions
 from recipes.on_policy_distillation import eval_size_of_file
 from recipes.student_config import check_at_least, check_positive, json_object
-from recipes.teachers import EMA, TeacherSpec, distinct, ema_decay_of
+from recipes.teachers import TeacherSpec, distinct, ema_decay_of
 from recipes.training_run import TrainingRun, print_dry_run, train
 from training.evaluation import EvalSet
 from training.loop import DatasetPlan
 from training.trackers import check_trackers
-
-
-@chz.chz
-class DatasetOptions:
-    """One dataset of the mixture, and its teacher."""
-
-    dataset: str = chz.field(doc="arithmetic, deepmath, tulu3, gsm8k, or a path to JSONL (one `messages` per row)")
-    dataset_path: str | None = chz.field(default=None, doc="a local copy of the named dataset: file or folder")
-    name: str | None = chz.field(default=None, doc="in metrics and episodes; default: the dataset's or the file's")
-    max_rows: int | None = chz.field(default=None, doc="use at most this many training rows")
-    group_size: int = chz.field(default=1, doc="attempts per prompt")
-    groups_per_batch: int = chz.field(default=64, doc="prompts per step")
-    weight: float = chz.field(
-        default=1.0, doc="factor on its tokens' losses; they are still divided by all of the step's"
-    )
-    eval_size: int = chz.field(default=64, doc="held-out rows to evaluate on; 0: no evaluation")
-    teacher_model: str | None = chz.field(
-        default=None,
-        doc=f"judges the rows that name no teacher: hub id, local folder or .gguf file; {EMA}: the student's average",
-    )
-    teacher_checkpoint: str | None = chz.field(default=None, doc="the teacher's weights: HF folder or adapter")
-    teacher_system_prompt: str | None = chz.field(
-        default=None, doc="system message in the teacher's view; default: the student's, '' for none"
-    )
-    teacher_chat_template_kwargs: str | None = chz.field(
-        default=None, doc="JSON object for the teacher's chat template; default: the student's"
-    )
-
-    @property
-    def title(self) -> str:
-        return self.name or (self.dataset if self.dataset in NAMES else Path(self.dataset).stem)
-
-
-@chz.chz
-class TeacherOptions:
-    """A teacher that rows name, or that is blended with others."""
-
-    model: str = chz.field(doc=f"hub id, local folder or .gguf file; {EMA}: the student's moving average")
-    route_value: str | None = chz.field(default=None, doc="what a row says to be judged by it; default: its model")
-    blend_weight: float | None = chz.field(
-        default=None,
-        doc="how much it counts among those of its route_value, or, if all have a weight, among all for rows that "
-        "name none; 0 leaves it out",
-    )
-    checkpoint: str | None = chz.field(default=None, doc="its weights: HF folder or adapter")
-    system_prompt: str | None = chz.field(
-        default=None, doc="system message in its view; default: the student's, '' for none"
-    )
-    chat_template_kwargs: str | None = chz.field(
-        default=None, doc="JSON object for its chat template; default: the student's"
-    )
-
-    @property
-    def route(self) -> str:
-        return self.route_value or self.model
 
 
 @chz.chz
@@ -123,12 +69,18 @@ class Config(OnPolicyConfig):
                 check_positive("weight", data.weight)
             except ConfigError as error:
                 raise ConfigError(f"datasets.{i}.{error}") from None
-            if data.teacher_model is None and not self.teachers:
+            if not data.has_teacher and not self.teachers:
                 raise ConfigError(
-                    f"datasets.{i} has no teacher: give datasets.{i}.teacher_model=, or teachers.0.model="
+                    f"datasets.{i} has no teacher: give datasets.{i}.teacher_model=, datasets.{i}.teacher.url=, or "
+                    "teachers.0.model="
                 )
+            check_server(data.teacher, data.teacher_checkpoint, f"datasets.{i}.teacher_checkpoint")
             if data.teacher_model is None and data.teacher_checkpoint is not None:
                 raise ConfigError(f"datasets.{i}.teacher_checkpoint needs teacher_model, which names its tokenizer")
+        for i, teacher in enumerate(self.teachers):
+            if teacher.model is None and not teacher.url:
+                raise ConfigError(f"teachers.{i} has neither model nor url: give teachers.{i}.model=")
+            check_server(teacher, teacher.checkpoint, f"teachers.{i}.checkpoint")
         titles = [data.title for data in self.datasets]
         for i, name in enumerate(titles):
             if name in titles[:i]:
@@ -145,7 +97,11 @@ class Config(OnPolicyConfig):
         groups = sum(data.groups_per_batch for data in self.datasets)
         if self.num_substeps > groups:
             raise ConfigError(f"num_substeps={self.num_substeps}: there are only {groups} groups to split")
-        self.teacher_specs()
+        specs = self.teacher_specs()
+        if self.eval_teacher and all(spec.server.url for spec in specs):
+            raise ConfigError(
+                "eval_teacher=True samples from teachers, whose weights are not here but at a url: leave it out"
+            )
 
     def teacher_specs(self) -> Sequence[TeacherSpec]:
         return distinct([*self._listed, *filter(None, self._own)])
@@ -186,20 +142,24 @@ def _listed(config: Config, index: int, name: str) -> TeacherSpec:
         system_prompt=options.system_prompt,
         template_kwargs=_json(f"teachers.{index}.chat_template_kwargs", options.chat_template_kwargs),
         ema_decay=ema_decay_of(options.model, config.teacher_ema_decay),
+        server=options.server(),
+        server_option=f"teachers.{index}.",
     )
 
 
 def _of_dataset(config: Config, index: int) -> TeacherSpec | None:
     options = config.datasets[index]
-    if options.teacher_model is None:
+    if not options.has_teacher:
         return None
     return TeacherSpec(
-        name=options.teacher_checkpoint or options.teacher_model,
+        name=options.teacher_checkpoint or options.teacher_model or options.teacher.url[0],
         model=options.teacher_model,
         checkpoint=options.teacher_checkpoint,
         system_prompt=options.teacher_system_prompt,
         template_kwargs=_json(f"datasets.{index}.teacher_chat_template_kwargs", options.teacher_chat_template_kwargs),
         ema_decay=ema_decay_of(options.teacher_model, config.teacher_ema_decay),
+        server=options.teacher,
+        server_option=f"datasets.{index}.teacher.",
     )
 
 
@@ -290,8 +250,8 @@ def check(config: Config) -> Checked:
 def _part(config: Config, index: int) -> Part:
     options, own = config.datasets[index], config.own_teacher(index)
     routes = {config.teachers[i].route: config.teachers[i].route for i in blends.asked(config.teachers)}
-    if own is not None and options.teacher_model is not None:
-        routes = {options.teacher_model: own, own: own} | routes
+    if own is not None and options.has_teacher:
+        routes = {options.teacher_model or own: own, own: own} | routes
     data = load_dataset_rows(
         options.dataset,
         options.dataset_path,

@@ -74,7 +74,7 @@ def main(config: Config) -> None:
 def check(config: Config) -> Checked:
     """Every check that needs no weights. Raises `UserError`s."""
     check_trackers([*config.trackers, *(["wandb"] if config.wandb_project else [])])
-    found = [replace(episode, teacher=config.teacher_model) for episode in read_saved_episodes(config.saved)]
+    found = [replace(episode, teacher=config.teacher_name) for episode in read_saved_episodes(config.saved)]
     if not found:
         raise DataError(f"{config.saved}: has no episodes")
     if config.objective == "reverse_kl" and any(isinstance(episode, GivenEpisode) for episode in found):
@@ -86,14 +86,12 @@ def check(config: Config) -> Checked:
     _check_ids(config, models)
     if not models.only_teacher.report.same_format and any(len(episode.turns) > 1 for episode in found):
         raise DataError(
-            f"{config.saved}: has episodes of several turns, whose messages are not saved, and {config.teacher_model} "
+            f"{config.saved}: has episodes of several turns, whose messages are not saved, and {config.teacher_name} "
             "reads another chat format than the student: it cannot be shown them"
         )
     longest = max(len(episode) for episode in found)
     if models.context_length is not None and longest > models.context_length:
-        raise DataError(
-            f"{config.saved}: an episode has {longest} tokens, the models' context is {models.context_length}"
-        )
+        raise DataError(f"{config.saved}: an episode has {longest} tokens; {models.context_limit}")
     steps = {name: list(episodes) for name, episodes in groupby(found, key=lambda e: e.row_id.rpartition(":")[0])}
     return Checked(steps, models)
 
@@ -115,7 +113,7 @@ def _check_ids(config: Config, models: setup.CheckedModels) -> None:
 
 def training_run(config: Config, checked: Checked) -> TrainingRun:
     def builder(row: Row) -> GivenGroupBuilder:
-        return GivenGroupBuilder(NAME, row.row_id, config.teacher_model, None, tuple(checked.steps[row.row_id]))
+        return GivenGroupBuilder(NAME, row.row_id, config.teacher_name, None, tuple(checked.steps[row.row_id]))
 
     rows = [Row(step, ()) for step in checked.steps]
     plan = DatasetPlan(NAME, Cursor(rows, seed=config.seed, shuffle=False), 1, builder)

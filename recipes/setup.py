@@ -13,28 +13,27 @@ from pathlib import Path
 
 import anyio
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from envs.datasets import Dataset, Row
 from envs.prompt_only import PromptOnlyGroupBuilder
-from envs.rendering import Renderer, make_renderer
+from envs.rendering import Renderer
 from errors import ConfigError, DataError
 from models import attention
 from models.adapters import adapter_bytes, add_lora, attach_adapter
-from models.byte_alignment import ByteAlignment
 from models.causal_lm import CausalLM
-from models.checks import check_pair, default_device
+from models.checks import default_device
 from models.cpu_matmul import use_fast_exact_matmul
-from models.loading import estimate_memory, load_config, load_model, load_tokenizer
-from models.sources import ModelSource, check_source, is_adapter
-from models.teacher_view import ViewMaker
+from models.loading import estimate_memory, load_config, load_model
+from models.sources import ModelSource, check_source
 from models.transformers_scorer import TransformersScorer
-from models.types import Sampler
+from models.types import Sampler, Scorer
 from models.vllm.preflight import ServerFacts, check_servers
-from recipes import embedded, samplers
+from recipes import samplers
 from recipes.sampler_config import VLLMConfig, check_installed
 from recipes.student_config import StudentConfig
-from recipes.teachers import EMA, CheckedTeacher, TeacherSpec, by_base, by_weights, weights_fingerprint
+from recipes.teacher_checks import check_teacher, renderer_for, student_source
+from recipes.teachers import EMA, CheckedTeacher, by_base, by_weights, weights_fingerprint
 from training.collect import Teacher
 from training.evaluation import EvalSet
 from training.learner import Learner
@@ -52,6 +51,7 @@ class CheckedModels:
     student_renderer: Renderer
     teachers: Mapping[str, CheckedTeacher]
     context_length: int | None  # of the shortest of them all
+    context_limit: str  # a sentence that says so, for errors
     device: torch.device
     compute_dtype: torch.dtype
     shared_weights: str | None  # a LoRA student's base: a teacher of these weights is not loaded again
@@ -88,7 +88,7 @@ def check_models(config: StudentConfig, *, tools: bool = False) -> CheckedModels
     specs = config.teacher_specs()
     if adapter is not None and any(spec.ema_decay is not None for spec in specs):
         _check_can_be_averaged(ModelSource(student.name, adapter))
-    teachers = {spec.name: _check_teacher(config, spec, student_renderer, tools=tools) for spec in specs}
+    teachers = {spec.name: check_teacher(config, spec, student_renderer, tools=tools) for spec in specs}
     blends = config.blends()
     for name, weights in blends.items():
         if foreign := next((member for member in weights if teachers[member].report.by_bytes), None):
@@ -97,16 +97,14 @@ def check_models(config: StudentConfig, *, tools: bool = False) -> CheckedModels
                 "vocabulary. Route rows to it instead, or give it blend_weight=0"
             )
     servers = _check_servers(config, student_renderer, device)
+    context_length, context_limit = _context(config, student, teachers, servers)
     return CheckedModels(
         student=student,
         adapter=adapter,
         student_renderer=student_renderer,
         teachers=teachers,
-        context_length=_shortest(
-            _context_length(student, *(teacher.source for teacher in teachers.values())),
-            *(server.max_model_len for server in servers),
-            config.sampler.max_model_len if isinstance(config.sampler, VLLMConfig) else None,
-        ),
+        context_length=context_length,
+        context_limit=context_limit,
         device=device,
         compute_dtype=config.compute_dtype(device),
         shared_weights=weights_fingerprint(student) if config.lora_rank and teachers else None,
@@ -127,35 +125,6 @@ def _check_servers(config: StudentConfig, student: Renderer, device: torch.devic
     return tuple(anyio.run(check))
 
 
-def _shortest(*lengths: int | None) -> int | None:
-    return min((length for length in lengths if length is not None), default=None)
-
-
-def _check_teacher(config: StudentConfig, spec: TeacherSpec, student: Renderer, *, tools: bool) -> CheckedTeacher:
-    source = ModelSource(embedded.resolve(spec.model), spec.checkpoint)
-    if spec.ema_decay is not None:
-        source = student_source(config)[0]
-    check_source(source)
-    kwargs = config.student_template_kwargs() if spec.template_kwargs is None else dict(spec.template_kwargs)
-    system_prompt = config.system_prompt if spec.system_prompt is None else spec.system_prompt
-    renderer = renderer_for(source, kwargs, system_prompt or None)
-    renderer.check(tools=tools, multi_turn=tools)
-    report = check_pair(spec.name, student, renderer, by_bytes=config.aligns_by_bytes())
-    weights = EMA if spec.ema_decay is not None else weights_fingerprint(source)
-    size = adapter_bytes(source)
-    return CheckedTeacher(
-        name=spec.name,
-        source=source,
-        weights=weights,
-        renderer=renderer,
-        views=ViewMaker(student, renderer, ByteAlignment(student, renderer) if report.by_bytes else None),
-        report=report,
-        base=weights if size is None else weights_fingerprint(ModelSource(source.name)),
-        adapter_bytes=size,
-        ema_decay=spec.ema_decay,
-    )
-
-
 def _check_can_be_averaged(adapter: ModelSource) -> None:
     if adapter_bytes(adapter) is None:
         raise ConfigError(
@@ -164,37 +133,20 @@ def _check_can_be_averaged(adapter: ModelSource) -> None:
         )
 
 
-def student_source(config: StudentConfig) -> tuple[ModelSource, str | None]:
-    """Where the student's weights come from, and the adapter that LoRA training goes on from."""
-    name = embedded.resolve(config.model_name)
-    checkpoint = config.load_checkpoint_path
-    if checkpoint is not None and config.lora_rank > 0 and is_adapter(checkpoint):
-        check_source(ModelSource(name, checkpoint))
-        return ModelSource(name), checkpoint
-    return ModelSource(name, checkpoint), None
-
-
-def renderer_for(source: ModelSource, kwargs: dict, system_prompt: str | None) -> Renderer:
-    return make_renderer(
-        load_tokenizer(source),
-        chat_template_kwargs=kwargs,
-        system_prompt=system_prompt,
-        name=source.name,
-        extra_stop_ids=_generation_stop_ids(source),
-    )
-
-
-def _generation_stop_ids(source: ModelSource) -> list[int]:
-    try:
-        ids = GenerationConfig.from_pretrained(str(Path(source.name).expanduser())).eos_token_id
-    except (OSError, ValueError):  # it has none, as .gguf files do not
-        return []
-    return ids if isinstance(ids, list) else [] if ids is None else [ids]
-
-
-def _context_length(*sources: ModelSource) -> int | None:
+def _context(
+    config: StudentConfig,
+    student: ModelSource,
+    teachers: Mapping[str, CheckedTeacher],
+    servers: Sequence[ServerFacts],
+) -> tuple[int | None, str]:
+    """The longest sequence that all of them read, and what sets it."""
+    sources = [student, *(teacher.source for teacher in teachers.values() if teacher.served is None)]
     lengths = [getattr(load_config(s).get_text_config(), "max_position_embeddings", None) for s in sources]
-    return min((length for length in lengths if length), default=None)
+    lengths += [server.max_model_len for server in servers]
+    lengths += [config.sampler.max_model_len] if isinstance(config.sampler, VLLMConfig) else []
+    limits = [(length, f"the models' context is {length} tokens") for length in lengths if length]
+    limits += [(how.context_length, how.context_limit) for t in teachers.values() if (how := t.served) is not None]
+    return min(limits, key=lambda limit: limit[0], default=(None, "the models have no longest context"))
 
 
 def refuse_hints(rows: Sequence[Row]) -> None:
@@ -224,7 +176,7 @@ def check_prompt_lengths(
     if models.context_length is not None:
         room = models.context_length - max_tokens
         if room < 1:
-            raise ConfigError(f"max_tokens={max_tokens}: the models' context is {models.context_length} tokens")
+            raise ConfigError(f"max_tokens={max_tokens}: {models.context_limit}")
         limit = room if limit is None else min(limit, room)
     if limit is None:
         return data
@@ -247,7 +199,7 @@ def check_prompt_lengths(
                 if not drop:
                     raise DataError(
                         f"{row.row_id}: its prompt has {tokens} tokens, the longest allowed is {limit} "
-                        f"(max_tokens={max_tokens} and the models' context decide). "
+                        f"(max_tokens={max_tokens} and the models' context decide: {models.context_limit}). "
                         "Shorten it, lower max_tokens, or set long_prompts=drop"
                     )
                 return True
@@ -287,6 +239,8 @@ def memory_lines(config: StudentConfig, models: CheckedModels) -> list[str]:
             total += size
             lines += [f"teacher {other.name}: shares the weights of {teacher.name}" for other in others]
     lines += samplers.memory_lines(config, models.device, models.compute_dtype)
+    remote = [teacher for teacher in models.teachers.values() if teacher.served is not None]
+    lines += [f"teacher {teacher.name}: {teacher.served.line}" for teacher in remote if teacher.served is not None]
     lines.append(f"in all: {_gib(total)}, and activations of {config.token_budget(models.device)} tokens at a time")
     return lines
 
@@ -324,7 +278,8 @@ class Engines:
     learner: Learner
     sampler: Sampler
     teachers: dict[str, Teacher]
-    teacher_lms: dict[str, CausalLM]  # by the same names
+    teacher_lms: dict[str, CausalLM]  # by the same names; of those that are loaded here
+    exact: bool  # whether every teacher gives whole distributions
 
 
 def build_engines(
@@ -381,14 +336,23 @@ def assemble(
     )
     teachers: dict[str, Teacher] = {}
     for same in by_weights(models.teachers).values():
-        scorer = TransformersScorer(
-            " = ".join(teacher.name for teacher in same),
-            teacher_lms[same[0].name],
-            temperature=temperature,
-            token_budget=4 * config.token_budget(models.device),  # nothing is kept for a backward pass
-        )
+        name = " = ".join(teacher.name for teacher in same)
+        if same[0].served is not None:
+            scorer = same[0].served.make_scorer(name)
+        else:
+            scorer = local_scorer(config, models, name, teacher_lms[same[0].name])
         teachers |= {teacher.name: Teacher(scorer, teacher.views) for teacher in same}
-    return Engines(learner, sampler, teachers, dict(teacher_lms))
+    exact = all(teacher.exact for teacher in models.teachers.values())
+    return Engines(learner, sampler, teachers, dict(teacher_lms), exact)
+
+
+def local_scorer(config: StudentConfig, models: CheckedModels, name: str, lm: CausalLM) -> Scorer:
+    return TransformersScorer(
+        name,
+        lm,
+        temperature=config.comparison_temperature(),
+        token_budget=4 * config.token_budget(models.device),  # nothing is kept for a backward pass
+    )
 
 
 def load_lm(config: StudentConfig, models: CheckedModels, source: ModelSource, dtype: torch.dtype) -> CausalLM:

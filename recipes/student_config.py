@@ -14,8 +14,10 @@ import chz
 import torch
 
 from errors import ConfigError
+from models.types import SignalKind, SignalSpec
 from recipes.cli import ByName
 from recipes.sampler_config import ENGINES, SamplerConfig, TransformersConfig
+from recipes.served import ServerOptions
 from recipes.teachers import TeacherSpec
 from training.learner import OptimizerConfig
 from training.loop import LoopConfig, Schedule
@@ -25,7 +27,8 @@ MAY_DIFFER_ON_RESUME = frozenset(
     {
         "max_steps", "eval_every", "eval_samples", "save_every", "keep_checkpoints", "max_dropped_fraction",
         "behavior_if_log_dir_exists", "dry_run", "trackers", "wandb_project", "log_path", "device",
-        "eval_teacher", "sampler",
+        "eval_teacher", "sampler", "teacher", "datasets.N.teacher",
+        *(f"teachers.N.{name}" for name in chz.chz_fields(ServerOptions)),
     }
 )  # fmt: skip
 """Options that a resumed run may change: at the same device, none changes what a step computes. Engines round
@@ -144,6 +147,10 @@ class StudentConfig:
     def blends(self) -> Mapping[str, Mapping[str, float]]:
         """Teachers that judge together: by the blend's name, its members' weights, which sum to 1."""
         return {}
+
+    def signal_need(self) -> SignalSpec:
+        """What every teacher must give."""
+        return SignalKind.NONE
 
     def comparison_temperature(self) -> float:
         """The one temperature of every logprob that is compared. Raises `ConfigError`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from envs.rendering import Renderer
@@ -12,6 +12,7 @@ from errors import ConfigError, ModelError
 from models.checks import PairReport
 from models.sources import ModelSource, is_adapter, source_fingerprint
 from models.teacher_view import ViewMaker
+from recipes.served import Served, ServerOptions
 
 EMA = "ema"
 """As a teacher's model: the exponential moving average of the student."""
@@ -23,17 +24,24 @@ class TeacherSpec:
     """A teacher as the options give it: its weights, and how it reads."""
 
     name: str  # in metrics, episodes and errors
-    model: str  # hub id, local folder or .gguf file; EMA
+    model: str | None  # hub id, local folder or .gguf file; EMA; None: what its server says
     checkpoint: str | None = None  # its weights: HF folder or adapter
     system_prompt: str | None = None
     template_kwargs: Mapping[str, Any] | None = None
     ema_decay: float | None = None  # of the student's average; None: weights of its own
+    server: ServerOptions = field(default_factory=ServerOptions)  # without a url: its weights are loaded here
+    server_option: str = field(default="teacher.", compare=False)  # what the options of `server` begin with
 
     def __post_init__(self) -> None:
         if self.ema_decay is not None and self.checkpoint is not None:
             raise ConfigError(
                 f"teacher_checkpoint={self.checkpoint}: teacher_model={EMA} is the student's average and has no "
                 f"checkpoint of its own. Leave one out; a folder of that name is ./{EMA}"
+            )
+        if self.ema_decay is not None and self.server.url:
+            raise ConfigError(
+                f"teacher_model={EMA} is the average of the student that is trained here: no server has it. Leave "
+                f"{self.server_option}url out, or give the model that is served"
             )
 
     def reads_alike(self, other: TeacherSpec) -> bool:
@@ -54,6 +62,12 @@ class CheckedTeacher:
     base: str  # equal for teachers that one model in memory can serve, by adapters that are switched
     adapter_bytes: int | None = None  # of the adapter that makes its weights of the base
     ema_decay: float | None = None
+    served: Served | None = None  # None: its weights are loaded here
+
+    @property
+    def exact(self) -> bool:
+        """Whether it can give whole distributions, which are over the student's vocabulary."""
+        return not self.report.by_bytes and (self.served is None or self.served.exact)
 
     @property
     def base_source(self) -> ModelSource:
@@ -73,14 +87,16 @@ def by_weights(teachers: Mapping[str, CheckedTeacher]) -> dict[str, list[Checked
     """The teachers of each distinct checkpoint, in order."""
     groups: dict[str, list[CheckedTeacher]] = {}
     for teacher in teachers.values():
-        groups.setdefault(teacher.weights, []).append(teacher)
+        where = "" if teacher.served is None else f" at {teacher.served.urls}"
+        groups.setdefault(teacher.weights + where, []).append(teacher)
     return groups
 
 
 def by_base(teachers: Mapping[str, CheckedTeacher]) -> dict[str, list[list[CheckedTeacher]]]:
-    """The teachers of each distinct checkpoint, together with those that lie on the same base, in order."""
+    """The teachers of each distinct checkpoint that is loaded here, together with those that lie on the same base, in
+    order."""
     bases: dict[str, list[list[CheckedTeacher]]] = {}
-    for same in by_weights(teachers).values():
+    for same in by_weights({name: teacher for name, teacher in teachers.items() if teacher.served is None}).values():
         bases.setdefault(same[0].base, []).append(same)
     return bases
 
@@ -94,7 +110,7 @@ def refuse_ema(model: str | None) -> None:
         )
 
 
-def ema_decay_of(model: str, given: float | None) -> float | None:
+def ema_decay_of(model: str | None, given: float | None) -> float | None:
     """The decay of a teacher that is the student's average; None for any other. Raises `ConfigError`."""
     if model != EMA:
         return None

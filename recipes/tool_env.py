@@ -50,7 +50,7 @@ def train(config: Config, rows: Sequence[Row], make_group: MakeGroup) -> Path:
     """Train, or go on where an earlier call stopped; returns the run's folder. There is no evaluation.
 
     `make_group` decides the group's size, its tools and its limits. Its `dataset` and `teacher` must be
-    `config.name` and `config.teacher_model`. Raises `UserError`s before anything is loaded, where it can.
+    `config.name` and `config.teacher_name`. Raises `UserError`s before anything is loaded, where it can.
     """
     check_trackers([*config.trackers, *(["wandb"] if config.wandb_project else [])])
     cursor = Cursor(rows, seed=config.seed)
@@ -61,10 +61,10 @@ def train(config: Config, rows: Sequence[Row], make_group: MakeGroup) -> Path:
     of_rows = [row.teacher_hints for row in rows] + [first.teacher_hints if isinstance(first, Hinted) else ()]
     roles = {roles for hints in of_rows for roles in hint_roles(hints)}
     models.teacher_renderer.check(tools=True, hints=roles)
-    if (first.dataset, first.teacher) != (config.name, config.teacher_model):
+    if (first.dataset, first.teacher) != (config.name, config.teacher_name):
         raise ConfigError(
             f"the group of row {first.row_id!r} has dataset={first.dataset!r} and teacher={first.teacher!r}: expected "
-            f"config.name={config.name!r} and config.teacher_model={config.teacher_model!r}"
+            f"config.name={config.name!r} and config.teacher_name={config.teacher_name!r}"
         )
     path = Path(config.log_path or f"runs/tool_env-{config.name}-{Path(config.model_name).name}")
     plan = DatasetPlan(config.name, cursor, config.groups_per_batch, lambda row: make_group(row, student))

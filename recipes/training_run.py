@@ -70,8 +70,9 @@ def _resume_folder(run_dir: RunDir) -> Path | None:
 
 
 async def _train(config: StudentConfig, run: TrainingRun, parts: setup.Engines, run_dir: RunDir) -> None:
-    for teacher in parts.teachers.values():
-        await probe_scorer(teacher.scorer, probe_view(teacher.views))
+    for name, teacher in parts.teachers.items():
+        if name in parts.teacher_lms:  # those of servers were probed before anything was loaded
+            await probe_scorer(teacher.scorer, probe_view(teacher.views))
     loop_config = config.loop(run.steps_per_epoch)
     with Progress(loop_config.max_steps, str(run_dir.path)) as progress:
         loop = Loop(
@@ -88,8 +89,7 @@ async def _train(config: StudentConfig, run: TrainingRun, parts: setup.Engines, 
                 config.trackers, run_dir.path, chz.asdict(config), wandb_project=config.wandb_project
             ),
             progress=progress,
-            # whole distributions are over one vocabulary
-            exact_eval=not any(teacher.report.by_bytes for teacher in run.models.teachers.values()),
+            exact_eval=parts.exact,
         )
         if (latest := run_dir.latest_checkpoint()) is not None:
             loop.restore(latest[1])
@@ -115,6 +115,8 @@ async def _evaluate_teachers(config: OnPolicyConfig, run: TrainingRun, parts: se
     """Each teacher's own accuracy, or reward, on its held-out rows: what is within the student's reach."""
     several = sum(len(sets) for sets in run.teacher_sets.values()) > 1
     for name, sets in run.teacher_sets.items():
+        if name not in parts.teacher_lms:
+            continue  # nobody can sample from it here
         renderer = run.models.teachers[name].renderer
         async with TransformersSampler(
             parts.teacher_lms[name], renderer.tokenizer, slots=config.sampler_slots
@@ -178,7 +180,7 @@ def print_dry_run(
 SUMMED_UP = (
     ("loss on given answers per token", "nll"),
     ("exact reverse KL per token", "exact_reverse_kl"),
-    ("sampled reverse KL per token", "reverse_kl"),
+    ("sampled reverse KL per token", "reverse_kl"),  # of teachers that give no whole distributions
     ("accuracy, greedy", "accuracy"),
     ("accuracy, sampled", "sampled_accuracy"),
     ("reward", "reward"),

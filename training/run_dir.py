@@ -45,8 +45,8 @@ def open_run_dir(
 ) -> RunDir:
     """Open `path` for a run with `config`, new, resumed (`RunDir.resumed`) or emptied first.
 
-    `may_differ` names the options (dotted; a parent covers its children) that a resumed run may
-    change. Raises ConfigError if the folder is not a run, is in use, or may not be resumed.
+    `may_differ` names the options (dotted, N for a list's entries; a parent covers its children) that a
+    resumed run may change. Raises ConfigError if the folder is not a run, is in use, or may not be resumed.
     """
     path = Path(path).expanduser().absolute()
     given: dict[str, Any] = json.loads(json.dumps(config, default=plain))
@@ -331,7 +331,7 @@ def _differences(saved: Any, given: Any, may_differ: frozenset[str]) -> list[str
     before, now = _flat(saved), _flat(given)
     lines = []
     for key in sorted(before.keys() | now.keys()):
-        parts = key.split(".")
+        parts = re.sub(r"(?<=\.)\d+(?=\.|$)", "N", key).split(".")
         free = any(".".join(parts[:length]) in may_differ for length in range(1, len(parts) + 1))
         if not free and before.get(key) != now.get(key):
             lines.append(f"{key}: {before.get(key, '(not set)')} there, {now.get(key, '(not set)')} now")
@@ -339,7 +339,9 @@ def _differences(saved: Any, given: Any, may_differ: frozenset[str]) -> list[str
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, str]:
-    """Nested dicts as dotted keys with their values as JSON text, in which NaN equals NaN."""
+    """Nested dicts, and lists of them, as dotted keys with their values as JSON text, in which NaN equals NaN."""
+    if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
+        value = dict(enumerate(value))
     if not isinstance(value, dict) or (prefix and not value):
         return {prefix: json.dumps(value)}
     nested = (_flat(inner, f"{prefix}.{key}" if prefix else str(key)) for key, inner in value.items())

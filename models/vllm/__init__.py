@@ -1,1 +1,1 @@
-"""The student on vLLM: in this process or behind URLs, with weights that follow the learner."""
+"""Engines on vLLM: students in this process or behind URLs, with weights that follow the learner, and teachers."""

@@ -1,0 +1,152 @@
+"""Teachers that servers hold: asked what they are, and whether they fit, before anything is loaded here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import chz
+
+from errors import ConfigError
+from models.checks import probe_view
+from models.server_pool import Access, ServerPool
+from models.teacher_view import ViewMaker
+from models.types import Scorer, SignalKind, SignalSpec
+from models.vllm import teacher_server as vllm
+from models.vllm.scorer import VllmScorer
+
+
+@chz.chz
+class ServerOptions:
+    """A teacher that servers hold, and not this machine."""
+
+    url: tuple[str, ...] = chz.field(
+        default=(), doc="address of `vllm serve` or recipes.serve_teacher; several that serve the same, by commas"
+    )
+    served_model: str | None = chz.field(default=None, doc="what the server calls it; default: its only model")
+    token_env: str | None = chz.field(default=None, doc="environment variable that holds the server's token")
+    token_file: str | None = chz.field(default=None, doc="file that holds the server's token")
+    timeout_s: float = chz.field(default=300.0, doc="longest wait for one answer")
+    patience_s: float = chz.field(default=60.0, doc="how long to go on trying servers that do not answer")
+
+    @chz.validate
+    def _server(self) -> None:
+        for url in self.url:
+            _check_url(url)
+        given = [name for name in _OF_A_SERVER if getattr(self, name) != chz.chz_fields(ServerOptions)[name]._default]
+        if given and not self.url:
+            raise ConfigError(f"{given[0]} is of a teacher on a server: give its url too, or leave it out")
+        if self.token_env is not None and self.token_file is not None:
+            raise ConfigError("token_env and token_file both say where the token is: give one of them")
+        if not 0 < self.timeout_s < float("inf"):
+            raise ConfigError(f"timeout_s={self.timeout_s}: expected a positive number")
+        if not 0 <= self.patience_s < float("inf"):
+            raise ConfigError(f"patience_s={self.patience_s}: expected 0 or more")
+
+    def access(self) -> Access:
+        """With the token, read now. Raises `ConfigError`."""
+        urls = tuple(url.rstrip("/").removesuffix("/v1") for url in self.url)
+        return Access(urls, self._token(), timeout_s=self.timeout_s, patience_s=self.patience_s)
+
+    def _token(self) -> str | None:
+        if self.token_env is not None:
+            token = os.environ.get(self.token_env, "").strip()
+            if not token:
+                raise ConfigError(f"token_env={self.token_env}: this variable is not set, or empty")
+            return token
+        if self.token_file is None:
+            return None
+        try:
+            token = Path(self.token_file).expanduser().read_text().strip()
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"token_file={self.token_file}: cannot be read ({type(error).__name__})") from error
+        if not token or not token.isprintable():
+            raise ConfigError(f"token_file={self.token_file}: expected one line, the token")
+        return token
+
+
+_OF_A_SERVER = ("served_model", "token_env", "token_file", "timeout_s", "patience_s")
+
+
+def _check_url(url: str) -> None:
+    """Raises `ConfigError`."""
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
+    except ValueError:
+        usable = False
+    if not usable or parts.query or parts.fragment:
+        raise ConfigError(f"url={url}: expected an address like http://host:8000")
+    if parts.username is not None or parts.password is not None:
+        # what is in an option is saved in config.json
+        raise ConfigError(
+            "url holds a user or a password: leave it out, and give the token with token_env or token_file"
+        )
+
+
+@dataclass(frozen=True)
+class Served:
+    """A teacher that was found on servers, and what it can do."""
+
+    model: str  # what the servers call it, or were started with: the default of teacher_model
+    urls: tuple[str, ...]
+    context_length: int  # the longest sequence that it scores
+    context_limit: str  # what sets that length, for errors
+    exact: bool  # whether it gives whole distributions
+    line: str  # what a dry run says of it
+    make_scorer: Callable[[str], Scorer]  # from the teacher's name
+
+
+async def find(access: Access, served_model: str | None, option: str) -> vllm.VllmServer:
+    """What answers at a teacher's address. Raises `ConfigError`."""
+    return await vllm.describe(access, served_model, option)
+
+
+async def check_fit(
+    found: vllm.VllmServer,
+    access: Access,
+    *,
+    name: str,
+    option: str,
+    maker: ViewMaker,
+    need: SignalSpec,
+    temperature: float,
+) -> Served:
+    """Refuse what the server cannot give, then have it score a short text. Raises `ConfigError`,
+    `TokenizerMismatchError`."""
+    if need is SignalKind.FULL:
+        raise ConfigError(
+            f"the objective needs teacher {name}'s whole distributions, and {access.urls[0]} is a plain vLLM server, "
+            f"which does not give them. It can serve {OBJECTIVES_OF_A_PLAIN_SERVER}. Or serve the teacher with "
+            "recipes.serve_teacher, which gives whole distributions"
+        )
+    tokenizer = maker.teacher.tokenizer
+    scorer_of = _scorers(found, access, len(tokenizer), temperature)
+    scorer_of(name)  # refuses a temperature
+    unknown = await vllm.check_tokenizer(access, found, name, tokenizer, maker.teacher.name)
+    gap = await vllm.probe(access, found, name, probe_view(maker), need, vocab_size=len(tokenizer), option=option)
+    return Served(
+        model=found.source,
+        urls=access.urls,
+        context_length=found.max_model_len - 1,
+        context_limit=f"teacher {name}'s server scores sequences of {found.max_model_len - 1} tokens (its "
+        "--max-model-len less the one that it must sample)",
+        exact=False,
+        line=f"served by {', '.join(access.urls)} as {found.model}; scored twice, it differs by {gap:.2g} nats"
+        + (f"; {unknown}" if unknown else ""),
+        make_scorer=scorer_of,
+    )
+
+
+OBJECTIVES_OF_A_PLAIN_SERVER = (
+    "objective=reverse_kl, objective=topk_forward_kl, and objective=jsd with support=teacher_topk or support=sampled"
+)
+
+
+def _scorers(found: vllm.VllmServer, access: Access, vocab_size: int, temperature: float) -> Callable[[str], Scorer]:
+    return lambda name: VllmScorer(
+        name, found.model, ServerPool(access), vocab_size=vocab_size, temperature=temperature
+    )
