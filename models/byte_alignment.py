@@ -197,7 +197,7 @@ class TokenBytes:
         if piece is None:  # a padded embedding
             return _NO_TEXT
         if self._byte_level:
-            return b"".join(_BYTE_OF.get(character, character.encode()) for character in piece)
+            return b"".join(_BYTE_OF.get(character) or character.encode() for character in piece)
         if self._byte_fallback and (found := _BYTE.fullmatch(piece)):
             return bytes.fromhex(found[1])
         return (piece.replace(self._space, " ") if self._space else piece).encode()
