@@ -1,4 +1,4 @@
-"""For every test: one thread (tiny models gain nothing from two, and lose a lot on a busy machine), no timed examples."""
+"""For every test: one thread (tiny models gain nothing from two, and lose a lot on a busy machine); no deadlines."""
 
 import os
 
