@@ -24,7 +24,7 @@ from models.vllm.engine import Answer, Outdated, Transient, Unreachable, checked
 from models.vllm.orphans import end_with_this_process
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for
-QUIET = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
+QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}  # it warns at every reload
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,8 @@ class InProcessEngine:
     async def close(self) -> None:
         llm, self._llm = self._llm, None
         if llm is not None:
+            if llm.output_handler is not None:
+                llm.output_handler.cancel()  # else it takes the end for a crash, and prints a traceback
             with anyio.CancelScope(shield=True):
                 await anyio.to_thread.run_sync(llm.shutdown, 10.0)
                 await anyio.to_thread.run_sync(_end, self._children, self._guard)

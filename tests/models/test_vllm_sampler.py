@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 import vllm_server
-from conformance import SamplerEngine
+from conformance import SamplerEngine, params
 
 from models.adapters import add_lora
 from models.causal_lm import CausalLM
@@ -150,6 +150,7 @@ async def test_requests_in_flight_are_paused_and_go_on_with_the_new_weights(
         async def ask() -> None:
             long.append(await sampler.sample([1, 2, 3], params(450)))
 
+        await sampler.update_weights(engine.source, 0)
         tasks.start_soon(ask)
         await sampler.sample([4, 5], params(20))  # the long one has begun by then
         of_old = LMWeights(CausalLM(tiny.vllm_model()))
