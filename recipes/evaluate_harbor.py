@@ -137,7 +137,7 @@ def main(config: Config) -> None:
     with run_dir:
         store = Store(run_dir.episodes_path / "step_000000.jsonl")  # the names of a run's own files
         lm = None if models is None else compute_blocking(_load, config, models)
-        anyio.run(_evaluate, config, data, models, lm, store, sandboxes_of(run_dir.path))
+        anyio.run(_evaluate, config, data, models, lm, store, sandboxes_of(run_dir.path, config))
         metrics = summary(list(store.records.values()))
         run_dir.truncate_metrics(-1)  # what an earlier part of this evaluation summed up
         run_dir.append_metrics({"step": 0, **metrics})

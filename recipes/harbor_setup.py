@@ -46,6 +46,9 @@ class HarborOptions:
         default=False,
         doc="what listens on a TCP port goes on during the tests: some tasks need it; it can forge rewards",
     )
+    substitute_images: tuple[str, ...] = chz.field(
+        default=(), doc="local images to take instead of others, as ubuntu:24.04=my-base, in Dockerfiles and by name"
+    )
     max_sandboxes: int = chz.field(default=64, doc="sandboxes that exist at once; further episodes wait")
 
     @chz.validate
@@ -57,6 +60,7 @@ class HarborOptions:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name}={value}: expected more than 0")
+        self.substitutes()
         if self.max_output_bytes < 100:
             raise ConfigError(f"max_output_bytes={self.max_output_bytes}: expected 100 or more")
 
@@ -77,6 +81,13 @@ class HarborOptions:
         if missing:
             raise ConfigError(f"pass_env={','.join(self.pass_env)}: {missing[0]} is not set on this machine")
         return {name: os.environ[name] for name in self.pass_env}
+
+    def substitutes(self) -> dict[str, str]:
+        pairs = [given.rpartition("=")[::2] for given in self.substitute_images]
+        for given, (image, other) in zip(self.substitute_images, pairs, strict=True):
+            if not (image and other):
+                raise ConfigError(f"substitute_images={given}: expected IMAGE=LOCAL_IMAGE, as ubuntu:24.04=my-base")
+        return dict(pairs)
 
     def settings(self) -> HarborSettings:
         return HarborSettings(
@@ -190,6 +201,6 @@ def check_task_lines(options: HarborOptions, data: HarborDataset) -> list[str]:
     ]
 
 
-def sandboxes_of(path: Path) -> DockerSandboxes:
+def sandboxes_of(path: Path, options: HarborOptions) -> DockerSandboxes:
     """Sandboxes labelled with the run's folder."""
-    return DockerSandboxes(path.name)
+    return DockerSandboxes(path.name, tuple(options.substitutes().items()))

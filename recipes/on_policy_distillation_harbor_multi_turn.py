@@ -154,7 +154,7 @@ def training_run(config: Config, checked: Checked) -> TrainingRun:
     def builder(renderer: Renderer, row: Row, count: int, *, rewarded: bool) -> HarborEnvGroupBuilder:
         return group_builder(
             config, data, row, renderer=renderer, teacher=config.teacher_name,
-            sandboxes=sandboxes_of(path), group_size=count, rewarded=rewarded,
+            sandboxes=sandboxes_of(path, config), group_size=count, rewarded=rewarded,
             teacher_sees_solution=config.teacher_sees_solution,
         )  # fmt: skip
 

@@ -83,7 +83,7 @@ def check_models(config: StudentConfig, *, tools: bool = False) -> CheckedModels
     check_installed(config.sampler)
     student, adapter = student_source(config)
     check_source(student)
-    student_renderer = renderer_for(student, config.student_template_kwargs(), config.system_prompt)
+    student_renderer = renderer_for(student, config.student_template_kwargs(), config.system_prompt or None)
     student_renderer.check(tools=tools, multi_turn=tools)
     specs = config.teacher_specs()
     if adapter is not None and any(spec.ema_decay is not None for spec in specs):

@@ -5,9 +5,11 @@ Speaks the Docker API through the docker SDK and honours DOCKER_HOST, so Podman'
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +35,9 @@ CALL_TIMEOUT_S = 120  # of one answer of the engine; 32 containers starting at o
 CALLS_AT_ONCE = 16
 STARTS_PER_CORE = 2  # more than this only makes every start slower
 REMOVAL_TRIES = 5
+REMOVAL_S = 60.0  # no further try after this: an engine that is stuck over a container answers no call about it
+RETURN_POLL_S = 0.5
+RETURN_S = 120.0  # an engine that restarts is back within this
 
 
 def connect(client_type: type[C] = docker.APIClient) -> C:
@@ -71,6 +76,14 @@ class Process:
     running: bool
     exit_code: int | None
     pid: int  # on the engine's machine
+
+
+def remove_container(client: docker.APIClient, container: str) -> None:
+    """Kill and remove, also what is frozen, which an engine can wait for for ever. Blocks; raises as the SDK does."""
+    if client.inspect_container(container)["State"].get("Paused"):
+        with contextlib.suppress(docker.errors.APIError):  # thawed or gone meanwhile
+            client.unpause(container)
+    client.remove_container(container, force=True, v=True)
 
 
 class Lifeline:
@@ -130,6 +143,31 @@ class Engine:
         with as_sandbox_errors(what):
             return await self.in_thread(function, *args, **kwargs)
 
+    async def answers(self) -> bool:
+        """Whether the engine is there."""
+        try:
+            return bool(await self.in_thread(self.client.ping))
+        except ENGINE_ERRORS:
+            return False
+
+    async def outlast(self, work: Callable[[], Awaitable[T]]) -> T:
+        """What `work()` returns. If the engine goes away over it, it is begun anew when the engine is back: for work
+        that may be begun twice. Raises `SandboxError`, also if the engine stays away for `RETURN_S`."""
+        until = time.monotonic() + RETURN_S
+        while True:
+            try:
+                return await work()
+            except SandboxError as error:
+                refused = error.__cause__ is None or isinstance(error.__cause__, docker.errors.APIError)
+                if refused and await self.answers():
+                    raise
+                while not await self.answers():
+                    if time.monotonic() > until:
+                        raise
+                    await anyio.sleep(RETURN_POLL_S)
+                if time.monotonic() > until:
+                    raise
+
     async def open_exec(
         self, container: str, command: list[str], env: dict[str, str], user: str | None
     ) -> tuple[ExecSocket, str]:
@@ -160,14 +198,16 @@ class Engine:
 
     async def remove(self, container: str) -> None:
         """Kill and remove, whatever its state; gone is well. Raises `SandboxError` if it is still there in the end."""
-        problem = ""
+        problem, until = "", time.monotonic() + REMOVAL_S
         for attempt in range(REMOVAL_TRIES):
             try:
-                await self.in_thread(self.client.remove_container, container, force=True, v=True)
+                await self.in_thread(remove_container, self.client, container)
                 return
             except docker.errors.NotFound:
                 return
             except ENGINE_ERRORS as error:
                 problem = str(error)  # "removal already in progress", or the engine is restarting
+            if time.monotonic() > until:
+                break
             await anyio.sleep(0.2 * 2**attempt)
         raise SandboxError(f"sandbox {container} could not be removed; python -m sandbox.reap will: {problem}")

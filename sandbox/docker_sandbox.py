@@ -382,7 +382,10 @@ class DockerSandboxFactory:
         return cls(engine, run, substitutes)
 
     async def create(self, image: str, config: SandboxConfig | None = None) -> DockerSandbox:
-        config = config or SandboxConfig()
+        """Waits for an engine that restarts. Raises `SandboxError`."""
+        return await self._engine.outlast(partial(self._create, image, config or SandboxConfig()))
+
+    async def _create(self, image: str, config: SandboxConfig) -> DockerSandbox:
         try:
             return await self._start(substitute(image, self._substitutes), config)
         except MissingImage:
@@ -394,11 +397,11 @@ class DockerSandboxFactory:
     async def build_image(
         self, folder: Path, *, timeout_s: float, dockerfile: str = "Dockerfile", args: Mapping[str, str] | None = None
     ) -> str:
-        return await self._images.build(folder, timeout_s, dockerfile, args)
+        return await self._engine.outlast(partial(self._images.build, folder, timeout_s, dockerfile, args))
 
     async def ensure_image(self, image: str, *, timeout_s: float = PULL_TIMEOUT_S) -> str:
         """The name to create sandboxes of: `image` or its substitute, pulled if missing. Raises `ImageBuildError`."""
-        return await self._images.ensure(image, timeout_s)
+        return await self._engine.outlast(partial(self._images.ensure, image, timeout_s))
 
     async def _start(self, image: str, config: SandboxConfig) -> DockerSandbox:
         engine = self._engine

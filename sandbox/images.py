@@ -32,13 +32,12 @@ from errors import DataError, ImageBuildError
 from sandbox.base_image import REPOSITORY as BASE_IMAGE
 from sandbox.base_image import ensure_base_image
 from sandbox.docker_engine import ENGINE_ERRORS, Engine, connect, suppress_os_errors
-from sandbox.dockerfile import base_images, substitute, with_substitutes
+from sandbox.dockerfile import base_images, for_any_engine, substitute, with_substitutes
 
 REPOSITORY = "protege-image"
 FORMAT = "1"  # raise it when the same folder would be built otherwise
 PULL_TIMEOUT_S = 1800.0
 LOCK_POLL_S = 0.2
-HEREDOC_HINT = ". If that stands in a heredoc (<<): Docker takes those through BuildKit alone, Podman always"
 STEP = re.compile(r"^STEP (\d+/\d+) ?: (.*)", re.IGNORECASE)
 
 
@@ -74,20 +73,23 @@ class Images:
     ) -> str:
         """The built image's name. Raises `DataError` without a Dockerfile, `ImageBuildError` if a step fails."""
         text = read_dockerfile(folder / dockerfile)
-        bases = base_images(text)
-        text = with_substitutes(text, self._substitutes)
-        local = [image for image in base_images(text) if image not in bases or image.partition(":")[0] == BASE_IMAGE]
+        bases = base_images(text, args)
+        text, extra = for_any_engine(with_substitutes(text, self._substitutes, args))
+        after = base_images(text, args)
+        local = [image for image in after if image not in bases or image.partition(":")[0] == BASE_IMAGE]
         if any(image.partition(":")[0] == BASE_IMAGE for image in local):
             await self._engine.in_thread(ensure_base_image)
         ids = [await self._id(image) for image in local]
         paths = await to_thread.run_sync(context_paths, folder)
-        digest = await to_thread.run_sync(content_hash, folder, paths, [FORMAT, text, json.dumps(args or {}), *ids])
+        digest = await to_thread.run_sync(
+            content_hash, folder, paths, [FORMAT, text, json.dumps([args or {}, extra]), *ids]
+        )
         name = f"{REPOSITORY}:{digest[:24]}"
         if await self._has(name):
             return name
         async with self._once(name):
             if not await self._has(name):  # built by who was first
-                await self._build(Build(folder, paths, text, dict(args or {}), name), timeout_s)
+                await self._build(Build(folder, paths, text, extra, dict(args or {}), name), timeout_s)
         return name
 
     @contextlib.asynccontextmanager
@@ -154,22 +156,31 @@ class Images:
             tasks.cancel_scope.cancel()
         await anyio.lowlevel.checkpoint_if_cancelled()  # cut because nobody waits is no failure of the work
         if answer.problem:
-            hint = HEREDOC_HINT if "unknown instruction" in answer.problem else ""
-            raise ImageBuildError(f"{what} failed{answer.where()}: {answer.problem}{hint} (log: {answer.log})")
+            raise ImageBuildError(f"{what} failed{answer.where()}: {answer.problem} (log: {answer.log})")
 
 
 class Build:
     """One image to be built: its name, and what goes into it."""
 
-    def __init__(self, folder: Path, paths: list[str], dockerfile: str, args: dict[str, str], name: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        paths: list[str],
+        dockerfile: str,
+        extra: Mapping[str, str],
+        args: dict[str, str],
+        name: str,
+    ) -> None:
         self.folder = folder
         self.name = name
         self._paths = paths
         self._dockerfile = dockerfile
+        self._extra = extra  # files by their path, besides those of the folder
         self._args = args
 
     def write_context(self, target: IO[bytes]) -> None:
-        create_archive(str(self.folder), self._paths, target, extra_files=[(self._dockerfile_name, self._dockerfile)])
+        extra = [(self._dockerfile_name, self._dockerfile), *self._extra.items()]
+        create_archive(str(self.folder), self._paths, target, extra_files=extra)
 
     @property
     def _dockerfile_name(self) -> str:

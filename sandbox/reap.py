@@ -19,7 +19,7 @@ import docker
 import docker.errors
 
 from errors import UserError
-from sandbox.docker_engine import connect
+from sandbox.docker_engine import ENGINE_ERRORS, connect, remove_container
 
 log = logging.getLogger(__name__)
 
@@ -110,9 +110,9 @@ def why_reaped(labels: dict[str, str], now: float) -> str | None:
 def remove(client: docker.APIClient, container: str) -> bool:
     """False: it is going or gone without us, or the engine cannot; the next look will tell."""
     try:
-        client.remove_container(container, force=True, v=True)
-    except docker.errors.APIError as error:
-        if error.status_code not in (404, 409):
+        remove_container(client, container)
+    except ENGINE_ERRORS as error:  # one container that the engine is stuck over must not keep a run from starting
+        if not (isinstance(error, docker.errors.APIError) and error.status_code in (404, 409)):
             log.warning("container %s could not be removed: %s", container, error)
         return False
     return True

@@ -12,6 +12,7 @@ import contextlib
 import math
 import secrets
 import shlex
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import IO
@@ -31,6 +32,9 @@ PID_TRIES = 20
 REPORT_BYTES = 8192
 CHECK_S = 0.2  # between looks at whether the shell still lives, where its children hold its output open
 SETTLE_S = 0.1  # what a dead shell's children wrote before it died has come in after this
+STALLED_S = (
+    60.0  # files of which nothing has moved for so long will not move: the sandbox is frozen, or the way to it gone
+)
 FREE_BYTES = 32 * 2**20  # of one command's output, read at full speed; after that:
 FLOOD_BYTES_PER_S = 32 * 2**20  # one command that prints for ever must not take a core from the others
 
@@ -59,6 +63,7 @@ class Shell:
         self.host = host
         self._engine = engine
         self._socket = socket
+        self._moved_at = 0.0  # when bytes last went in or came out
         self._pending: list[tuple[int, bytes]] = []  # came after the last report: from children left behind
 
     @classmethod
@@ -120,30 +125,39 @@ class Shell:
         """
         token = secrets.token_hex(16)
         text = line(command, token, mark, workdir, env, stdin)
-        return await self._exchange(text, token, None, stdout, stderr, FREE_BYTES)
+        return await self._exchange(text, token, None, stdout, stderr, FREE_BYTES, math.inf)
 
     async def run_script(
         self, script: str, *, stdout: Sink, stderr: Sink, payload: IO[bytes] | None = None
     ) -> Report | Ended:
-        """Run a script of ours, which reads all of `payload` from the shell's own input, and no more."""
+        """Run a script of ours, which reads all of `payload` from the shell's own input, and no more.
+
+        Raises `SandboxError` if nothing moves for `STALLED_S`."""
         token = secrets.token_hex(16)
-        return await self._exchange(script_line(script, token), token, payload, stdout, stderr, math.inf)
+        return await self._exchange(script_line(script, token), token, payload, stdout, stderr, math.inf, STALLED_S)
 
     async def _exchange(
-        self, text: str, token: str, payload: IO[bytes] | None, stdout: Sink, stderr: Sink, free_bytes: float
+        self,
+        text: str,
+        token: str,
+        payload: IO[bytes] | None,
+        stdout: Sink,
+        stderr: Sink,
+        free_bytes: float,
+        stalled_s: float,
     ) -> Report | Ended:
         report = HeadTail(REPORT_BYTES)
         out = Splitter(token.encode(), [stdout, stdout, report])
         err = Splitter(token.encode(), [stderr])
         await self._send(text.encode("utf-8", "surrogatepass"))
         if payload is None:
-            await self._read(out, err, free_bytes)
+            await self._read(out, err, free_bytes, stalled_s)
         else:  # at the same time: who complains of every file does not read on until somebody hears it
             failure: SandboxError | None = None
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._send_all, payload)
                 try:
-                    await self._read(out, err, free_bytes)
+                    await self._read(out, err, free_bytes, stalled_s)
                 except SandboxError as error:  # as itself, not in a group
                     failure = error
                 tasks.cancel_scope.cancel()
@@ -162,12 +176,13 @@ class Shell:
     async def _send(self, data: bytes) -> None:
         with contextlib.suppress(OSError):  # gone: the end of the stream says so
             await self._socket.send(data)
+        self._moved_at = time.monotonic()
 
     async def _send_all(self, payload: IO[bytes]) -> None:
         while data := payload.read(READ_BYTES):
             await self._send(data)
 
-    async def _read(self, out: Splitter, err: Splitter, free_bytes: float) -> None:
+    async def _read(self, out: Splitter, err: Splitter, free_bytes: float, stalled_s: float) -> None:
         """Until both have seen their last token, or the shell is dead."""
         received = 0.0
         frames = self._pending
@@ -185,9 +200,15 @@ class Shell:
             with anyio.move_on_after(SETTLE_S if settled else CHECK_S):
                 if not (frames := await self._socket.receive()):
                     return
-            if not frames:
-                if settled:
-                    return
+            if frames:
+                self._moved_at = time.monotonic()
+            elif settled:
+                return
+            elif time.monotonic() - self._moved_at > stalled_s:
+                raise SandboxError(
+                    f"nothing has come from a sandbox, and nothing has gone into it, for {stalled_s:g} s"
+                )
+            else:
                 settled = not await self.lives()
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -12,8 +13,10 @@ import anyio
 from anyio.lowlevel import RunVar
 
 from envs.harbor.processes import ROOT, Before, look_before
-from envs.harbor.task import HarborTask, Step, resolve_variables
+from envs.harbor.sandboxes import image_of
+from envs.harbor.task import Grading, HarborTask, Step, resolve_variables
 from envs.harbor.verifier import HOUSEKEEPING_S, Verdict, VerifierError, verify
+from envs.harbor.verifier_apart import verify_apart
 from errors import SandboxCommandTimeout, SandboxError
 from sandbox.types import ExecResult, Sandbox, SandboxConfig, SandboxFactory
 
@@ -78,6 +81,10 @@ class Attempt:
         limiter = places(self.settings.max_sandboxes)
         await limiter.acquire_on_behalf_of(self)
         self._place = limiter
+        if self.graded:  # a verifier's image that cannot be built is said before anything is attempted
+            for step in self.task.steps:
+                if step.grading.apart is not None:
+                    await image_of(step.grading.apart, self._sandboxes)
         self._sandbox = await self._sandboxes.create(self._image, self._config())
 
     async def close(self) -> None:
@@ -191,21 +198,45 @@ class Attempt:
         """Run this step's tests. Raises `VerifierError`."""
         step = self.step
         assert self._before is not None, "only a graded attempt looks at its sandbox before the agent does"
+        env = self._resolved(step.grading.env, "verifier.env")
+        last = step is self.task.steps[-1]
         try:
-            verdict = await verify(
-                self.sandbox,
-                step.grading,
-                self._before,
-                env=self._resolved(step.grading.env, "verifier.env"),
-                workdir=self.task.workdir,
-                last=step is self.task.steps[-1],
-                keep_services=self.settings.keep_services,
-            )
+            if step.grading.apart is not None:
+                make = partial(self._sandbox_apart, step.grading, last=last)
+                verdict = await verify_apart(self.sandbox, make, step.grading, self._before, env=env, last=last)
+            else:
+                verdict = await verify(
+                    self.sandbox,
+                    step.grading,
+                    self._before,
+                    env=env,
+                    workdir=self.task.workdir,
+                    last=last,
+                    keep_services=self.settings.keep_services,
+                )
         except VerifierError as error:
             where = f", step {step.name}" if step.name else ""
             raise VerifierError(f"{self.task.task_id}{where}: {error}") from error
         self.verdicts.append(verdict)
         return verdict
+
+    async def _sandbox_apart(self, grading: Grading, *, last: bool) -> Sandbox:
+        place = grading.apart
+        assert place is not None
+        if last and self._sandbox is not None:  # an attempt has one sandbox at a time, where that is possible
+            sandbox, self._sandbox = self._sandbox, None
+            await sandbox.cleanup()
+        config = SandboxConfig(
+            network="bridge" if place.network and self.settings.network == "task" else "none",
+            cpus=place.cpus or DEFAULT_CPUS,
+            memory_mb=place.memory_mb or DEFAULT_MEMORY_MB,
+            pids=PIDS,
+            workdir=place.workdir,
+            env=self._resolved(place.env, "verifier.environment.env"),
+            capabilities=CAPABILITIES,
+            lease_s=max(SandboxConfig.lease_s, 2 * grading.timeout_s),
+        )
+        return await self._sandboxes.create(await image_of(place, self._sandboxes), config)
 
     @property
     def step_is_graded(self) -> bool:

@@ -118,13 +118,39 @@ class Verifier(Table):
     env: Variables = Field(default_factory=dict)
     user: User | None = None
     environment_mode: Literal["shared", "separate"] | None = None
-    environment: dict[str, Any] | None = None
+    environment: Environment | None = None
     network_mode: NetworkMode | None = None
     allowed_hosts: list[str] = Field(default_factory=list)
 
     @property
-    def separate(self) -> bool:
-        return self.environment_mode == "separate" or self.environment is not None
+    def separate(self) -> bool | None:
+        """Whether it runs in a container of its own; None: not said here."""
+        if self.environment_mode is not None:
+            return self.environment_mode == "separate"
+        return None if self.environment is None else True
+
+
+class Artifact(Table):
+    """What a verifier in a container of its own is given of the agent's. A path alone is the usual form."""
+
+    source: Text
+    destination: str | None = None  # where Harbor keeps it on the host
+    exclude: list[str] = Field(default_factory=list)
+    service: str | None = None
+
+    @field_validator("source")
+    @classmethod
+    def _no_way_up(cls, value: str) -> str:
+        if ".." in value.split("/"):
+            raise ValueError("expected a path without '..'")
+        return value
+
+
+def _path_as_table(value: Any) -> Any:
+    return {"source": value} if isinstance(value, str) else value
+
+
+Artifacts = list[Annotated[Artifact, BeforeValidator(_path_as_table)]]
 
 
 class Solution(Table):
@@ -139,7 +165,7 @@ class StepTable(Table):
     verifier: Verifier = Field(default_factory=Verifier)
     min_reward: float | dict[str, float] | None = None
     healthcheck: dict[str, Any] | None = None
-    artifacts: list[Any] = Field(default_factory=list)
+    artifacts: Artifacts = Field(default_factory=list)
 
 
 class TaskToml(Table):
@@ -156,7 +182,7 @@ class TaskToml(Table):
     solution: Solution = Field(default_factory=Solution)
     steps: list[StepTable] = Field(default_factory=list)
     multi_step_reward_strategy: Literal["mean", "final"] | None = None
-    artifacts: list[Any] = Field(default_factory=list)
+    artifacts: Artifacts = Field(default_factory=list)
 
     @field_validator("steps")
     @classmethod

@@ -13,16 +13,39 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from envs.harbor.config import StepTable, TaskToml, read_task_toml, unknown_keys
+from envs.harbor.compose import NotOneContainer, compose_file, environment_of
+from envs.harbor.config import Environment, StepTable, TaskToml, read_task_toml, unknown_keys
 from errors import ConfigError, DataError
 
-COMPOSE_FILES = ("docker-compose.yaml", "docker-compose.yml", "compose.yaml", "compose.yml")
 _CANARY = re.compile(r"(<!--.*canary.*-->|#.*canary.*)", re.IGNORECASE)
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
 class UnsupportedTaskError(DataError):
     """A valid task that needs something which a single container here cannot give it."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A file or a folder of the agent's. `exclude`: patterns of names in it."""
+
+    source: str
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class VerifierPlace:
+    """A container of the verifier's own. `bundled`: the tests are in its image; else they are uploaded."""
+
+    image: str | None
+    context: Path
+    build_timeout_s: float
+    cpus: float | None
+    memory_mb: int | None
+    network: bool
+    env: Mapping[str, str]  # may hold ${VARIABLES}
+    workdir: str | None
+    bundled: bool
 
 
 @dataclass(frozen=True)
@@ -33,6 +56,8 @@ class Grading:
     timeout_s: float
     env: Mapping[str, str]  # may hold ${VARIABLES}
     user: str | None
+    apart: VerifierPlace | None = None  # None: in the agent's sandbox
+    artifacts: tuple[Artifact, ...] = ()  # what is carried over, if apart
 
 
 @dataclass(frozen=True)
@@ -82,7 +107,10 @@ class HarborTask:
         yield "environment.env", self.env
         yield "solution.env", self.solution_env
         for step in self.steps:
-            yield f"steps.{step.name}.verifier.env" if step.name else "verifier.env", step.grading.env
+            verifier = f"steps.{step.name}.verifier" if step.name else "verifier"
+            yield f"{verifier}.env", step.grading.env
+            if step.grading.apart is not None:
+                yield f"{verifier}.environment.env", step.grading.apart.env
 
 
 def load_task(folder: Path, task_id: str | None = None) -> HarborTask:
@@ -90,7 +118,7 @@ def load_task(folder: Path, task_id: str | None = None) -> HarborTask:
 
     Raises:
         DataError: naming the file and the field that is missing or wrong.
-        UnsupportedTaskError: the task needs several containers, Windows, an allowlist or a verifier apart.
+        UnsupportedTaskError: the task needs several containers at once, Windows or an allowlist.
     """
     toml_path = folder / "task.toml"
     if not toml_path.is_file():
@@ -111,7 +139,7 @@ def load_task(folder: Path, task_id: str | None = None) -> HarborTask:
         cpus=environment.cpus,
         memory_mb=None if memory is None else round(memory),
         network=_agent_network(config) == "public",
-        env=environment.env,
+        env=_compose_env(folder / "environment") | environment.env,
         workdir=environment.workdir,
         solution_env=config.solution.env,
         notes=tuple(_notes(folder, config)),
@@ -122,21 +150,18 @@ def load_task(folder: Path, task_id: str | None = None) -> HarborTask:
 
 
 def _refuse(folder: Path, config: TaskToml) -> None:
-    compose = next((name for name in COMPOSE_FILES if (folder / "environment" / name).exists()), None)
-    if compose is not None:
-        raise UnsupportedTaskError(
-            f"{folder}: environment/{compose}: tasks of several containers are not supported, only a Dockerfile or "
-            "a docker_image. Leave the task out"
-        )
-    for where, verifier in (
-        ("verifier", config.verifier),
-        *((f"steps.{s.name}.verifier", s.verifier) for s in config.steps),
-    ):
-        if verifier.separate:
-            raise UnsupportedTaskError(
-                f"{folder}/task.toml: {where}.environment_mode: a verifier in a container of its own is not "
-                "supported, only 'shared'. Leave the task out"
-            )
+    for place in (folder / "environment", folder / "tests", *(folder.glob("steps/*/tests"))):
+        if (compose := compose_file(place)) is not None:
+            try:
+                environment_of(compose)
+            except NotOneContainer as error:
+                raise UnsupportedTaskError(
+                    f"{compose}: {error}. Tasks of several containers are not supported, only a Dockerfile or a "
+                    "docker_image. Leave the task out"
+                ) from None
+    for artifact in [*config.artifacts, *(a for step in config.steps for a in step.artifacts)]:
+        if artifact.service not in (None, "main"):
+            raise UnsupportedTaskError(f"{folder}/task.toml: artifacts: service={artifact.service!r}: only 'main' runs")
     if config.environment.os != "linux":
         raise UnsupportedTaskError(f"{folder}/task.toml: environment.os={config.environment.os!r}: only 'linux' runs")
     if _agent_network(config) == "allowlist":
@@ -169,11 +194,12 @@ def _notes(folder: Path, config: TaskToml) -> Iterator[str]:
         yield "environment.skills_dir: the student has no skills"
     if environment.healthcheck or any(step.healthcheck for step in config.steps):
         yield "healthcheck: not run"
-    if config.artifacts or any(step.artifacts for step in config.steps):
+    apart = any(_is_apart(config, step) for step in config.steps or [None])
+    if not apart and (config.artifacts or any(step.artifacts for step in config.steps)):
         yield "artifacts: not collected"
     network = _agent_network(config)
     for where, mode in _verifier_networks(config):
-        if mode is not None and mode != network:
+        if mode is not None and mode != network and not apart:
             yield f"{where}.network_mode={mode}: the verifier has what the agent has ({network})"
     if network != environment.network() and environment.network() != "allowlist":
         yield f"environment.network_mode={environment.network()}: the agent's {network} holds throughout"
@@ -226,14 +252,58 @@ def _grading(folder: Path, config: TaskToml, table: StepTable | None) -> Grading
     verifier, own = config.verifier, table.verifier if table else config.verifier
     places = [folder / "tests", *([folder / "steps" / table.name / "tests"] if table else [])]
     tests = tuple(place.absolute() for place in places if place.is_dir())
-    if not any((place / "test.sh").is_file() for place in tests):
+    apart = _place_apart(folder, config, table) if _is_apart(config, table) else None
+    if not (apart and apart.bundled) and not any((place / "test.sh").is_file() for place in tests):
         raise DataError(f"{places[-1]}/test.sh is missing: a Harbor task is graded by it")
+    wanted = [*config.artifacts, *(table.artifacts if table else [])]
     return Grading(
         tests=tests,
         timeout_s=own.timeout_sec if "timeout_sec" in own.model_fields_set else verifier.timeout_sec,
         env=verifier.env | own.env,
         user=own.user or verifier.user,
+        apart=apart,
+        artifacts=tuple(Artifact(a.source, tuple(a.exclude)) for a in wanted),
     )
+
+
+def _is_apart(config: TaskToml, table: StepTable | None) -> bool:
+    own = table.verifier.separate if table is not None else None
+    return bool(config.verifier.separate if own is None else own)
+
+
+def _place_apart(folder: Path, config: TaskToml, table: StepTable | None) -> VerifierPlace:
+    """The step's own image or Dockerfile, else the task's for its tests, else the agent's image made anew."""
+    candidates: list[tuple[Environment | None, Path]] = [(config.verifier.environment, folder / "tests")]
+    if table is not None:
+        candidates.insert(0, (table.verifier.environment, folder / "steps" / table.name / "tests"))
+    image, context, bundled = config.environment.docker_image, folder / "environment", False
+    for given, tests in candidates:
+        if (given is not None and given.docker_image) or (tests / "Dockerfile").is_file():
+            image, context, bundled = given.docker_image if given is not None else None, tests, True
+            break
+    environment = next((given for given, _ in candidates if given is not None), config.environment)
+    own = table.verifier.network_mode if table else None
+    mode = own or config.verifier.network_mode or environment.network()
+    if mode == "allowlist":
+        raise UnsupportedTaskError(
+            f"{folder}/task.toml: verifier.network_mode='allowlist': a sandbox has the whole network or none"
+        )
+    memory = environment.memory_mb if environment.memory_mb is not None else environment.memory
+    return VerifierPlace(
+        image=image,
+        context=context.absolute(),
+        build_timeout_s=environment.build_timeout_sec,
+        cpus=environment.cpus,
+        memory_mb=None if memory is None else round(memory),
+        network=mode == "public",
+        env=_compose_env(context) | environment.env,
+        workdir=environment.workdir,
+        bundled=bundled,
+    )
+
+
+def _compose_env(folder: Path) -> dict[str, str]:
+    return {} if (compose := compose_file(folder)) is None else environment_of(compose)
 
 
 def _solution(folder: Path) -> Path | None:

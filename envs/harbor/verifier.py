@@ -24,7 +24,7 @@ from sandbox.types import ExecResult, Sandbox
 FOLDER = "/logs/verifier"
 HOUSEKEEPING_S = 60.0
 _MAX_REWARD_BYTES = 64 * 1024
-_LAST_OUTPUT = 2000
+LAST_OUTPUT = 2000
 _LARGEST = 1e300  # beyond it, Python's integers are no floats
 
 
@@ -71,24 +71,31 @@ async def verify(
     Raises `VerifierError`."""
     try:
         services = await processes.listeners(sandbox, before, timeout_s=HOUSEKEEPING_S)
-        stopped = await _quieten(sandbox, before, services if keep_services else [], last=last)
-        await _upload(sandbox, grading, before)
-        result = await _run_tests(sandbox, grading, before, env=env, workdir=workdir)
-        stopped += await _quieten(sandbox, before, [], last=last)
+        stopped = await quieten(sandbox, before, services if keep_services else [], last=last)
+        await upload_tests(sandbox, grading, before)
+        result = await run_tests(sandbox, grading, before, env=env, workdir=workdir)
+        stopped += await quieten(sandbox, before, [], last=last)
         rewards = await read_rewards(sandbox)
-        output = await _output(sandbox)
+        output = await output_of(sandbox)
         if not last:
-            await _checked(sandbox, f"rm -rf /tests {FOLDER}", "clearing away the tests")
+            await checked(sandbox, f"rm -rf /tests {FOLDER}", "clearing away the tests")
             await sandbox.close_shells(ROOT, *before.numbers.values())
             await processes.resume(sandbox, stopped, timeout_s=HOUSEKEEPING_S)
     except SandboxError as error:
         raise VerifierError(f"the verifier's sandbox failed: {error}") from error
     except OSError as error:
         raise VerifierError(f"the sandbox did not take the tests: {error}") from error
+    return verdict_of(result, rewards, output, services=len(services), services_kept=keep_services)
+
+
+def verdict_of(
+    result: ExecResult, rewards: Mapping[str, float] | None, output: str, *, services: int, services_kept: bool
+) -> Verdict:
+    """What the tests' status and their reward file mean together. Raises `VerifierError` without a reward."""
     if rewards is None:
         raise VerifierError(
             f"test.sh ended with status {result.exit_code} and wrote neither reward.json nor reward.txt. "
-            f"Its output ended: {output[-_LAST_OUTPUT:].strip() or '(nothing)'}"
+            f"Its output ended: {output[-LAST_OUTPUT:].strip() or '(nothing)'}"
         )
     reward = rewards["reward"] if "reward" in rewards else sum(rewards.values()) / len(rewards)
     overruled = reward > 0 and result.exit_code != 0
@@ -97,14 +104,14 @@ async def verify(
         rewards=rewards,
         exit_code=result.exit_code,
         overruled=overruled,
-        services=len(services),
-        services_kept=keep_services,
+        services=services,
+        services_kept=services_kept,
         duration_s=result.duration_s,
-        output=output[-_LAST_OUTPUT:],
+        output=output[-LAST_OUTPUT:],
     )
 
 
-async def _quieten(sandbox: Sandbox, before: Before, services: Sequence[str], *, last: bool) -> list[str]:
+async def quieten(sandbox: Sandbox, before: Before, services: Sequence[str], *, last: bool) -> list[str]:
     """Nothing of the agent's runs any longer, but for `services`, and no shell is open that it could have written
     into. Returns what is to go on, if not the `last`."""
     if last and not services:
@@ -115,9 +122,9 @@ async def _quieten(sandbox: Sandbox, before: Before, services: Sequence[str], *,
     return [] if last else stopped
 
 
-async def _upload(sandbox: Sandbox, grading: Grading, before: Before) -> None:
+async def upload_tests(sandbox: Sandbox, grading: Grading, before: Before) -> None:
     # gone first, then made anew: a link or a file of the agent's would otherwise stay in the way
-    await _checked(
+    await checked(
         sandbox,
         f"rm -rf /tests {FOLDER} && mkdir -p /tests {FOLDER} /logs/agent /logs/artifacts "
         f"&& chown {before.numbers[grading.user]} {FOLDER}",
@@ -125,10 +132,10 @@ async def _upload(sandbox: Sandbox, grading: Grading, before: Before) -> None:
     )
     for folder in grading.tests:
         await sandbox.upload_dir(folder, "/tests")
-    await _checked(sandbox, "chmod a+rx /tests /tests/test.sh", "uploading the tests")
+    await checked(sandbox, "chmod a+rx /tests /tests/test.sh", "uploading the tests")
 
 
-async def _run_tests(
+async def run_tests(
     sandbox: Sandbox, grading: Grading, before: Before, *, env: Mapping[str, str], workdir: str | None
 ) -> ExecResult:
     try:
@@ -143,17 +150,17 @@ async def _run_tests(
         raise VerifierError(f"test.sh did not end within verifier.timeout_sec={grading.timeout_s:g} s") from error
 
 
-async def _checked(sandbox: Sandbox, command: str, doing: str) -> None:
+async def checked(sandbox: Sandbox, command: str, doing: str) -> None:
     result = await sandbox.run_command(command, timeout_s=HOUSEKEEPING_S, user=ROOT)
     if result.exit_code != 0:
         said = result.stderr.decode("utf-8", errors="replace").strip()
-        raise VerifierError(f"{doing} failed with status {result.exit_code}: {said[-_LAST_OUTPUT:]}")
+        raise VerifierError(f"{doing} failed with status {result.exit_code}: {said[-LAST_OUTPUT:]}")
 
 
-async def _output(sandbox: Sandbox) -> str:
+async def output_of(sandbox: Sandbox) -> str:
     """The end of the tests' output: for people, so that nothing hangs on it."""
     result = await sandbox.run_command(
-        f"tail -c {4 * _LAST_OUTPUT} {FOLDER}/test-stdout.txt 2>/dev/null", timeout_s=HOUSEKEEPING_S, user=ROOT
+        f"tail -c {4 * LAST_OUTPUT} {FOLDER}/test-stdout.txt 2>/dev/null", timeout_s=HOUSEKEEPING_S, user=ROOT
     )
     return result.stdout.decode("utf-8", errors="replace")
 

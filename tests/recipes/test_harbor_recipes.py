@@ -45,7 +45,7 @@ def sandboxes(monkeypatch: pytest.MonkeyPatch) -> ScriptedSandboxes:
     """In place of the engine."""
     scripted = ScriptedSandboxes()
     for module in (recipe, evaluate_harbor):
-        monkeypatch.setattr(module, "sandboxes_of", lambda path: scripted)
+        monkeypatch.setattr(module, "sandboxes_of", lambda path, options: scripted)
         monkeypatch.setattr(module, "prepare_engine", lambda data: None)
     return scripted
 
@@ -201,6 +201,7 @@ def test_without_an_engine_there_is_one_clear_error_and_nothing_is_loaded(
         ({"group_size": 0}, "group_size=0"),
         ({"pass_env": "NO_SUCH_VARIABLE"}, "NO_SUCH_VARIABLE is not set"),
         ({"network": "on"}, "network=on"),
+        ({"substitute_images": "ubuntu:24.04"}, "expected IMAGE=LOCAL_IMAGE"),
         ({"max_turn": 1}, "Did you mean max_turns?"),
     ],
 )

@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from errors import SandboxError
+from sandbox import shell
 from sandbox.docker_sandbox import DockerSandbox, DockerSandboxFactory
 from sandbox.reap import SANDBOX_LABEL, reap
 from sandbox.types import SandboxConfig, TimedOut
@@ -93,6 +94,22 @@ async def test_a_container_that_dies_is_our_failure_and_not_the_commands(
     with pytest.raises(SandboxError):
         await sandbox.run_command("echo $A", timeout_s=10)
     await sandbox.cleanup()
+
+
+async def test_a_frozen_sandbox_is_given_up_and_removed(
+    client: docker.APIClient, factory: DockerSandboxFactory, image: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(shell, "STALLED_S", 1.0)
+    writing, running = await factory.create(image, SMALL), await factory.create(image, SMALL)
+    for sandbox in (writing, running):
+        await sandbox.write_file("/tmp/x", b"1")
+        await sandbox.run_command("true", timeout_s=10)
+        client.pause(sandbox.id)
+    with anyio.fail_after(30):
+        assert "nothing has gone into it" in str(await failure_of(writing.write_file("/tmp/y", bytes(10**7))))
+        failure = await failure_of(running.run_command("echo x", timeout_s=1.0))
+    assert failure is not None and not isinstance(failure, TimedOut)
+    assert names(client, factory._run) == []
 
 
 @pytest.fixture

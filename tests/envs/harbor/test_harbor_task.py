@@ -164,9 +164,14 @@ def test_what_is_not_honoured_is_named(tmp_path: Path, toml: str, note: str):
 @pytest.mark.parametrize(
     ("toml", "files", "part"),
     [
-        ("", {"environment/docker-compose.yaml": "services: {}"}, "environment/docker-compose.yaml: tasks of several"),
-        ("[verifier]\nenvironment_mode = 'separate'", {}, "verifier.environment_mode"),
-        ("[verifier.environment]\ncpus = 1", {}, "verifier.environment_mode"),
+        ("", {"environment/docker-compose.yaml": "services: {}"}, "docker-compose.yaml: it has no service 'main'"),
+        ("", {"environment/docker-compose.yaml": "services: {main: , db: {image: x}}"}, "services db besides 'main'"),
+        ("", {"tests/compose.yaml": "services: {main: {privileged: true}}"}, "services.main.privileged"),
+        ("", {"environment/compose.yaml": "services: {main: {command: ./serve}}"}, "command='./serve'"),
+        ("", {"environment/compose.yaml": "services: {main: {build: {context: ..}}}"}, "services.main.build"),
+        ("", {"environment/compose.yaml": "{services: {main: {}}, volumes: {v: {}}}"}, "volumes besides services"),
+        ("artifacts = [{source = '/x', service = 'db'}]", {}, "service='db'"),
+        ("[verifier]\nenvironment_mode='separate'\nnetwork_mode='allowlist'", {}, "verifier.network_mode='allowlist'"),
         ("[environment]\nos = 'Windows'", {}, "environment.os='windows'"),
         ("[environment]\nallow_internet = false\nallowed_hosts = ['x.org']", {}, "network_mode='allowlist'"),
     ],
@@ -177,9 +182,51 @@ def test_what_cannot_run_here_is_refused_by_name(tmp_path: Path, toml: str, file
     assert part in str(error.value) and str(tmp_path) in str(error.value)
 
 
+def test_a_compose_file_that_asks_for_one_container_only_gives_it_variables(tmp_path: Path):
+    compose = "services: {main: {pull_policy: never, command: [sh, -c, sleep infinity], environment: [A=1, B=x=y]}}"
+    task = load_task(make_task(tmp_path, "[environment.env]\nA = '2'", **{"environment/docker-compose.yaml": compose}))
+    assert task.env == {"A": "2", "B": "x=y"}
+
+
+SEPARATE = (
+    "artifacts = ['/app/out', {source = '/app/tree', exclude = ['*.pyc']}]\n[verifier]\nenvironment_mode = 'separate'\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("toml", "files", "image", "context", "bundled"),
+    [
+        ("[environment]\ndocker_image = 'agents'", {}, "agents", "environment", False),
+        ("", {}, None, "environment", False),
+        ("", {"tests/Dockerfile": "FROM y"}, None, "tests", True),
+        ("[verifier.environment]\ndocker_image = 'graders'", {}, "graders", "tests", True),
+    ],
+)
+def test_a_verifier_in_a_container_of_its_own(
+    tmp_path: Path, toml: str, files: dict[str, str], image: str | None, context: str, bundled: bool
+):
+    task = load_task(make_task(tmp_path, SEPARATE + toml, **files))
+    (step,) = task.steps
+    place = step.grading.apart
+    assert place is not None
+    assert (place.image, place.context, place.bundled) == (image, tmp_path / context, bundled)
+    assert [(a.source, a.exclude) for a in step.grading.artifacts] == [("/app/out", ()), ("/app/tree", ("*.pyc",))]
+    assert task.notes in ((), ("environment/Dockerfile: not built, environment.docker_image wins",))
+
+
+def test_a_verifier_apart_has_limits_of_its_own(tmp_path: Path):
+    toml = "[environment]\nmemory_mb = 100\nallow_internet = false\n[verifier.environment]\nmemory_mb = 900\ncpus = 3"
+    place = load_task(make_task(tmp_path, toml)).steps[0].grading.apart
+    assert place is not None and (place.memory_mb, place.cpus, place.network) == (900, 3.0, True)
+    toml = "[environment]\nmemory_mb = 100\nallow_internet = false\n[verifier]\nenvironment_mode = 'separate'"
+    place = load_task(make_task(tmp_path / "b", toml)).steps[0].grading.apart
+    assert place is not None and (place.memory_mb, place.network) == (100, False)
+
+
 @pytest.mark.parametrize(
     ("toml", "part"),
     [
+        ("artifacts = ['/app/../etc']", "artifacts[0].source: expected a path without '..'"),
         ("[environment", "task.toml: not TOML"),
         ("[agent]\ntimeout_sec = 0", "task.toml: agent.timeout_sec: Input should be greater than 0, got 0"),
         ("[agent]\ntimeout_sec = 'long'", "agent.timeout_sec"),

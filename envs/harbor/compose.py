@@ -1,0 +1,65 @@
+"""A task's docker-compose file, where it says no more than a single container can be given.
+
+Harbor lays such a file over its own, so tasks ship one to change a detail of their only container. What starts
+a second container, or asks for what a sandbox does not give, makes the task unsupported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+COMPOSE_FILES = ("docker-compose.yaml", "docker-compose.yml", "compose.yaml", "compose.yml")
+MAIN = "main"
+# Harmless for one container that is built here, ended here and given a first program of ours.
+HARMLESS = {
+    "build", "container_name", "cpus", "hostname", "image", "init", "mem_limit", "platform", "pull_policy", "restart",
+    "stdin_open", "stop_grace_period", "tty",
+}  # fmt: skip
+WAITING = ("sleep", "tail -f /dev/null", "infinity")
+
+
+class NotOneContainer(ValueError):
+    """The file asks for more; the text says what."""
+
+
+def compose_file(folder: Path) -> Path | None:
+    return next((folder / name for name in COMPOSE_FILES if (folder / name).exists()), None)
+
+
+def environment_of(path: Path) -> dict[str, str]:
+    """The variables that the file gives the container `main`. Raises `NotOneContainer`."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        services: Mapping[str, Any] = content["services"]
+        service: Mapping[str, Any] = services[MAIN] or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise NotOneContainer(f"it has no service {MAIN!r} that can be read ({error})") from error
+    if others := [name for name in services if name != MAIN]:
+        raise NotOneContainer(f"services {', '.join(map(str, others))} besides {MAIN!r}")
+    if others := [str(key) for key in content if key not in ("services", "version", "name") and content[key]]:
+        raise NotOneContainer(f"{', '.join(others)} besides services")
+    for key, value in service.items():
+        if key == "command" and not any(word in str(value) for word in WAITING):
+            raise NotOneContainer(f"services.{MAIN}.command={value!r}: sandboxes run nothing of the image's own")
+        if key not in HARMLESS | {"command", "environment"}:
+            raise NotOneContainer(f"services.{MAIN}.{key}")
+        if key == "build" and not _is_plain(value):
+            raise NotOneContainer(f"services.{MAIN}.build={value!r}: only the Dockerfile of the folder is built")
+    return _variables(service.get("environment"))
+
+
+def _is_plain(build: Any) -> bool:
+    if isinstance(build, str):
+        build = {"context": build}
+    plain = build.get("context", ".") in (".", "./", "${CONTEXT_DIR}") and build.keys() <= {"context", "dockerfile"}
+    return plain and build.get("dockerfile", "Dockerfile") == "Dockerfile"
+
+
+def _variables(given: Any) -> dict[str, str]:
+    if isinstance(given, list):
+        given = {name: value for name, _, value in (str(entry).partition("=") for entry in given)}
+    return {str(name): "" if value is None else str(value) for name, value in (given or {}).items()}
