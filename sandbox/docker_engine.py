@@ -157,16 +157,14 @@ class Engine:
         while True:
             try:
                 return await work()
-            except SandboxError as error:
+            except (SandboxError, SandboxUnavailableError) as error:
                 refused = error.__cause__ is None or isinstance(error.__cause__, docker.errors.APIError)
                 if refused and await self.answers():
                     raise
-                while not await self.answers():
-                    if time.monotonic() > until:
-                        raise
+                while not await self.answers() and time.monotonic() < until:
                     await anyio.sleep(RETURN_POLL_S)
-                if time.monotonic() > until:
-                    raise
+                if time.monotonic() > until:  # in the midst of a run this is no mistake of the user's any longer
+                    raise SandboxError(f"the engine has gone away: {error}") from error
 
     async def open_exec(
         self, container: str, command: list[str], env: dict[str, str], user: str | None

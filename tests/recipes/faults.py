@@ -187,7 +187,8 @@ def check_result(heard: str, foretold: str | None) -> None:
     if foretold is None:
         assert "could not be read" in heard
     else:
-        assert f"<tool_response>\n{foretold}\n</tool_response>" in heard, (foretold, heard)
+        readable = foretold.replace("…", "<|unk|>")  # to tokenizers of ASCII alone
+        assert f"<tool_response>\n{readable}\n</tool_response>" in heard, (foretold, heard)
 
 
 def check_books(outcome: Outcome, models: Mapping[str, str], *, steps: int, per_step: int) -> Counter[str]:

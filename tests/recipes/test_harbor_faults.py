@@ -64,7 +64,7 @@ def test_a_run_that_everything_happens_to_keeps_true_books(
         every_s=(2.0, 6.0),
         restart=(restart_at, engine.restart),
         kill_at=kill_at,
-        within_s=1200,
+        within_s=2400,
     )
     faults.check_nothing_is_left(path)
     counted = faults.check_books(outcome, models, steps=steps, per_step=groups * OPTIONS["group_size"])
