@@ -60,7 +60,7 @@ def script(seed: int) -> Script:
         ([f"sleep 1; echo {secret} woke"], [f"{secret} woke"]),
         ([f"cat > note << end\n{secret}\nend", "sleep 0.7; cat note"], ["[exit code 0]", secret]),
         ([f"yes {secret} | head -n 4000"], [with_cut(kept, len(flood)).removesuffix("\n")]),
-        ([f"echo {secret}; exit 3", "echo again"], [f"{secret}\n[exit code 3]\n{ended}", "again"]),
+        ([f"echo {secret}; exit 3", "echo again"], [f"{secret}\n[exit code 3]\n{ended}", f"{killed[1]}\nagain"]),
         ([f"sleep 900 & echo {secret} started", "jobs | wc -l"], [f"{secret} started", "1"]),
         ([f"echo {secret} began; sleep 600", "echo back"], [f"{secret} began\n{killed[0]}", f"{killed[1]}\nback"]),
         (["setsid sleep 900 < /dev/null > /dev/null 2>&1 & cat /proc/sys/kernel/hostname"], ["sandbox"]),
