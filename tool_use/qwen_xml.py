@@ -8,7 +8,8 @@
     </function>
     </tool_call>
 
-A value is plain text; the tool's schema says what type it has.
+A value is plain text; the tool's schema says what type it has. Qwen3-Coder is known to leave out the opening
+`<tool_call>`, and often the closing one with it: a whole function at the beginning of a line is a call without them.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ _PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>")
 # a value may hold the tag's own text: it ends where the format goes on behind it
 _END_OF_VALUE = re.compile(r"</parameter>(?=\s*(?:<parameter=[^>\n]+>|</function>\s*</tool_call>))")
 _END_OF_CALL = re.compile(r"\s*</function>\s*</tool_call>")
+_END_OF_BARE_VALUE = re.compile(r"</parameter>(?=\s*(?:<parameter=[^>\n]+>|</function>))")
+_END_OF_BARE_CALL = re.compile(r"\s*</function>(?:\s*</tool_call>)?")
+_OPENING = r"(?<!`)<tool_call>|^[ \t]*(?=<function=[^>\n]+>)"
 
 
 def detect(written: str) -> bool:
@@ -33,7 +37,10 @@ def detect(written: str) -> bool:
 
 
 def parse(text: str, schemas: Schemas) -> RawTurn:
-    def read(turn: RawTurn, text: str, match: re.Match[str]) -> int:
+    def read(turn: RawTurn, text: str, match: re.Match[str]) -> int | None:
+        if not match["opening"].endswith("<tool_call>"):
+            shown = text[: match.start()].rstrip().endswith("<tool_call>")  # by a tag that is text itself
+            return None if shown else _read_bare(turn, text, match.end(), schemas)
         function = _FUNCTION.match(text, match.end())
         if function is None:
             return _give_up(turn, text, match, "expected <function=name> after <tool_call>")
@@ -51,7 +58,24 @@ def parse(text: str, schemas: Schemas) -> RawTurn:
         turn.add(RawCall(name, typed(values, schemas.get(name, {}))))
         return end.end()
 
-    return scan(text, r"(?<!`)<tool_call>", read)
+    return scan(text, _OPENING, read)
+
+
+def _read_bare(turn: RawTurn, text: str, position: int, schemas: Schemas) -> int | None:
+    """None: no whole function begins there, so that it is text."""
+    function = _FUNCTION.match(text, position)
+    assert function is not None, "the opening looks ahead at one"
+    values, position = {}, function.end()
+    while (key := _PARAMETER.match(text, position)) is not None:
+        if (end := _END_OF_BARE_VALUE.search(text, key.end())) is None:
+            return None
+        values[key[1].strip()] = _value(text[key.end() : end.start()])
+        position = end.end()
+    if (end := _END_OF_BARE_CALL.match(text, position)) is None:
+        return None
+    name = function[1].strip()
+    turn.add(RawCall(name, typed(values, schemas.get(name, {}))))
+    return end.end()
 
 
 def _give_up(turn: RawTurn, text: str, match: re.Match[str], reason: str) -> int:

@@ -145,7 +145,8 @@ def run_with_faults(
 
 @dataclass(frozen=True)
 class Attempt:
-    """What the sampler was sent and returned in one episode, and its sandbox."""
+    """What the sampler was sent and returned in one episode, and its sandbox. No two of one process are alike:
+    each has its own secret."""
 
     sandbox: str
     turns: tuple[dict[str, Any], ...]
@@ -216,7 +217,7 @@ def check_books(outcome: Outcome, models: Mapping[str, str], *, steps: int, per_
         for k, episode in enumerate(episodes):
             last = max(i for i, mask in enumerate(episode["sampled"]) if mask) + 1
             assert last == len(episode["token_ids"]), "an episode ends with what was sampled last"
-            (attempt,) = by_stream[tuple(episode["token_ids"])][-1:]
+            (attempt,) = by_stream[tuple(episode["token_ids"])][-1:]  # the last, if a killed process made one like it
             check_stream(attempt, episode, tokenizer)
             trained.add(attempt.sandbox)
             counted["turns"] += len(attempt.turns)

@@ -63,11 +63,11 @@ def script(seed: int) -> Script:
         ([f"echo {secret}; exit 3", "echo again"], [f"{secret}\n[exit code 3]\n{ended}", f"{killed[1]}\nagain"]),
         ([f"sleep 900 & echo {secret} started", "jobs | wc -l"], [f"{secret} started", "1"]),
         ([f"echo {secret} began; sleep 600", "echo back"], [f"{secret} began\n{killed[0]}", f"{killed[1]}\nback"]),
-        (["setsid sleep 900 < /dev/null > /dev/null 2>&1 & cat /proc/sys/kernel/hostname"], ["sandbox"]),
+        ([f"setsid sleep 900 < /dev/null > /dev/null 2>&1 & echo {secret} $HOSTNAME"], [f"{secret} sandbox"]),
     ]  # fmt: skip
     commands, results = kinds[seed % len(kinds)]
     if seed % 11 == 0:  # a call that cannot be read
-        return Script(("<tool_call>\n{this is no call", DONE), (None, None))
+        return Script((f"<tool_call>\n{{{secret} is no call", DONE), (None, None))
     return Script((*map(call, commands), DONE), (*results, None))
 
 

@@ -416,3 +416,35 @@ def test_any_text_can_be_read(format: str, text: str):
         json.dumps(dict(call.arguments))
     if not turn.calls and not turn.thinking:
         assert turn.content == (text.removesuffix("<|eom_id|>").removesuffix("<|eot_id|>"))
+
+
+# --- Qwen3-Coder without the opening tag
+
+BARE = "<function=run>\n<parameter=text>\na\n</parameter>\n<parameter=n>\n3\n</parameter>\n</function>"
+
+
+@pytest.mark.parametrize("text", [BARE, f"{BARE}\n</tool_call>", f"I run it.\n\n  {BARE}\n</tool_call>"])
+def test_a_whole_function_without_the_opening_tag_is_a_call(text: str):
+    turn = read("qwen_xml", text)
+    assert calls(turn) == [("run", {"text": "a", "n": 3})]
+    assert turn.content.strip() == text.partition("<function")[0].strip()
+
+
+def test_functions_with_and_without_the_tag_are_calls_in_their_order():
+    turn = read("qwen_xml", f"{XML_CALL}\n{BARE}\n</tool_call>\n{BARE}\n{XML_CALL}")
+    assert [arguments.get("n") for _, arguments in calls(turn)] == [None, 3, 3, None]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"Write `{BARE}`",
+        f"```\n{BARE}\n```",
+        "<function=run>\n<parameter=text>\na",
+        "<function=run> is how a call begins.",
+        f"Like so: {BARE}",
+    ],
+)
+def test_what_is_no_whole_function_at_the_beginning_of_a_line_stays_text(text: str):
+    turn = read("qwen_xml", text)
+    assert (turn.calls, turn.malformed, turn.content) == ([], [], text)
