@@ -83,11 +83,13 @@ class HarborOptions:
         return {name: os.environ[name] for name in self.pass_env}
 
     def substitutes(self) -> dict[str, str]:
-        pairs = [given.rpartition("=")[::2] for given in self.substitute_images]
-        for given, (image, other) in zip(self.substitute_images, pairs, strict=True):
+        found: dict[str, str] = {}
+        for given in self.substitute_images:
+            image, _, other = given.rpartition("=")
             if not (image and other):
                 raise ConfigError(f"substitute_images={given}: expected IMAGE=LOCAL_IMAGE, as ubuntu:24.04=my-base")
-        return dict(pairs)
+            found[image] = other
+        return found
 
     def settings(self) -> HarborSettings:
         return HarborSettings(
