@@ -131,8 +131,9 @@ def ensure_base_image() -> str:
                 write_tar(archive)
                 archive.seek(0)
                 answer = client.import_image_from_data(archive, repository=REPOSITORY, tag=TAG, changes=SETTINGS)
-            if '"error"' in answer:
+            if (made := re.search(r"sha256:[0-9a-f]{64}", answer)) is None:
                 raise ImageBuildError(f"the engine did not take {NAME}: {answer.strip()}") from None
+            client.tag(made[0], REPOSITORY, TAG)  # Podman 4 takes the name alone
         client.tag(NAME, REPOSITORY, "latest")
     return NAME
 

@@ -57,10 +57,11 @@ class TestDockerSandboxOfAnotherMachine(Commands, Ends):
                 await sandbox.run_command("echo alive", timeout_s=60)
 
 
-async def test_a_runtime_is_passed_through(client: docker.APIClient, make: Make):
-    runtime = "runsc"
+@pytest.mark.parametrize("runtime", ["runc", "runsc"])
+async def test_a_runtime_is_passed_through(client: docker.APIClient, make: Make, runtime: str):
     if runtime in client.info()["Runtimes"]:
         sandbox = await make(SandboxConfig(runtime=runtime))
+        assert client.inspect_container(sandbox.id)["HostConfig"]["Runtime"] == runtime
         assert (await sandbox.run_command("echo hi", timeout_s=20)).stdout == b"hi\n"
     else:
         with pytest.raises(SandboxError, match=runtime):
