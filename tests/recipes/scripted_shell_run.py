@@ -71,7 +71,7 @@ def script(seed: int) -> Script:
     return Script((*map(call, commands), DONE), (*results, None))
 
 
-def solution(prompt: str) -> Script | None:
+def solving_script(prompt: str) -> Script | None:
     """The script that solves the task of a prompt, if it is one of those that ship."""
     for known in transcripts():
         if known.instructions[0] in prompt:
@@ -116,7 +116,7 @@ class ScriptedSampler(TransformersSampler):
         if place is None:
             prompt = self._tokenizer.decode(prompt_ids)
             evaluated = any(instruction in prompt for instruction in self.held_out)
-            chosen = solution(prompt) if evaluated else None
+            chosen = solving_script(prompt) if evaluated else None
             place = Place(next(NUMBERS), chosen or script(params.seed), evaluated)
             PLACE.set(place)
         text = place.script.turns[min(place.turn, len(place.script.turns) - 1)]
