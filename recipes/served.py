@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import chz
+import torch
 
 from errors import ConfigError
 from models.checks import probe_view
@@ -17,6 +19,8 @@ from models.teacher_view import ViewMaker
 from models.types import Scorer, SignalKind, SignalSpec
 from models.vllm import teacher_server as vllm
 from models.vllm.scorer import VllmScorer
+from recipes import own_service
+from recipes.own_service import OwnService
 
 
 @chz.chz
@@ -100,13 +104,14 @@ class Served:
     make_scorer: Callable[[str], Scorer]  # from the teacher's name
 
 
-async def find(access: Access, served_model: str | None, option: str) -> vllm.VllmServer:
+async def find(access: Access, served_model: str | None, option: str) -> vllm.VllmServer | OwnService:
     """What answers at a teacher's address. Raises `ConfigError`."""
-    return await vllm.describe(access, served_model, option)
+    own = await own_service.find(access, served_model, option)
+    return own or await vllm.describe(access, served_model, option)
 
 
 async def check_fit(
-    found: vllm.VllmServer,
+    found: vllm.VllmServer | OwnService,
     access: Access,
     *,
     name: str,
@@ -114,9 +119,24 @@ async def check_fit(
     maker: ViewMaker,
     need: SignalSpec,
     temperature: float,
+    device: torch.device,
 ) -> Served:
     """Refuse what the server cannot give, then have it score a short text. Raises `ConfigError`,
     `TokenizerMismatchError`."""
+    if isinstance(found, OwnService):
+        make_scorer, gap = await own_service.check_fit(
+            found, access, name=name, maker=maker, need=need, temperature=temperature, device=device
+        )
+        length = found.model.context_length or sys.maxsize
+        return Served(
+            model=found.model.name,
+            urls=access.urls,
+            context_length=length,
+            context_limit=f"teacher {name} reads sequences of {length} tokens",
+            exact=True,
+            line=f"served by {access.urls[0]} as {found.model.name}; scored twice, it differs by {gap:.2g} nats",
+            make_scorer=make_scorer,
+        )
     if need is SignalKind.FULL:
         raise ConfigError(
             f"the objective needs teacher {name}'s whole distributions, and {access.urls[0]} is a plain vLLM server, "

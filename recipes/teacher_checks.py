@@ -8,10 +8,10 @@ import anyio
 from transformers import GenerationConfig
 
 from envs.rendering import Renderer, make_renderer
-from errors import ModelError
+from errors import ConfigError, ModelError
 from models.adapters import adapter_bytes
 from models.byte_alignment import ByteAlignment
-from models.checks import PairReport, check_pair
+from models.checks import PairReport, check_pair, default_device
 from models.loading import load_tokenizer
 from models.sources import ModelSource, check_source, is_adapter
 from models.teacher_view import ViewMaker
@@ -51,7 +51,13 @@ async def _check_served_teacher(
 ) -> CheckedTeacher:
     option, access = spec.server_option, spec.server.access()
     found = await served.find(access, spec.server.served_model, option)
-    source = ModelSource(embedded.resolve(spec.model or found.source))
+    model = spec.model or found.source
+    if model is None:
+        raise ConfigError(
+            f"{option}url={access.urls[0]} serves a folder of its own machine: give "
+            f"{option.replace('teacher.', 'teacher_')}model=, a folder here or a hub id that has its tokenizer"
+        )
+    source = ModelSource(embedded.resolve(model))
     try:
         renderer = _teacher_renderer(config, spec, source, tools)
     except ModelError as error:
@@ -65,16 +71,16 @@ async def _check_served_teacher(
     maker = _view_maker(student, renderer, report)
     how = await served.check_fit(
         found, access, name=spec.name, option=option, maker=maker,
-        need=config.signal_need(), temperature=config.comparison_temperature(),
+        need=config.signal_need(), temperature=config.comparison_temperature(), device=default_device(config.device),
     )  # fmt: skip
     return CheckedTeacher(
         name=spec.name,
         source=source,
-        weights=f"served as {found.source}",
+        weights=f"served as {found.identity}",
         renderer=renderer,
         views=maker,
         report=report,
-        base=f"served as {found.source}",
+        base=f"served as {found.identity}",
         served=how,
     )
 

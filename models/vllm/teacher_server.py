@@ -31,6 +31,10 @@ class VllmServer:
     source: str  # the hub id or folder that it was loaded from
     max_model_len: int  # of the server with the least; prompt and one more token must fit
 
+    @property
+    def identity(self) -> str:
+        return self.source
+
 
 async def describe(access: Access, served_model: str | None, option: str) -> VllmServer:
     """What the servers serve: `served_model`, or the only model that they have. Raises `ConfigError`, which names

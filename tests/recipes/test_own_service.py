@@ -1,0 +1,92 @@
+"""Runs whose teacher is on `recipes.serve_teacher`: the same students as with the teacher in the process."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from tiny_models import REVERSE_KL, run, training_rows, weights
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))  # the service that its own tests use
+
+from teacher_services import TOKEN, Running, running
+
+from errors import ConfigError, TokenizerMismatchError
+from recipes import serve_teacher
+from recipes.cli import parse_config
+from recipes.embedded import char_tokenizer
+
+JSD = {"objective": "jsd"}
+
+
+@pytest.fixture(scope="module")
+def service(teacher: str, student: str) -> Iterator[Running]:
+    argv = [f"models.0.model_name={teacher}", f"models.1.model_name={student}", "device=cpu"]
+    models = serve_teacher.served_models(parse_config(serve_teacher.Config, argv))
+    with running(*models) as service:
+        yield service
+
+
+@pytest.fixture
+def served(service: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Options that name the service in place of a folder of weights."""
+    monkeypatch.setenv("PROTEGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MY_TOKEN", TOKEN)
+    return {"teacher.url": service.url, "teacher.served_model": "teacher", "teacher.token_env": "MY_TOKEN"}
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        REVERSE_KL,
+        {**JSD, "beta": 0.5},
+        {**JSD, "support": "student_topk", "top_k": 5},
+        {**JSD, "support": "teacher_topk", "top_k": 5, "temperature": 0.7},
+        {"objective": "topk_forward_kl", "top_k": 5},
+    ],
+    ids=str,
+)
+def test_a_student_learns_the_same_from_a_served_teacher(
+    tmp_path: Path, models: dict[str, str], served: dict[str, Any], objective: dict[str, Any]
+):
+    near = run(tmp_path / "near", models, **objective)
+    far = run(tmp_path / "far", models, **served, **objective)
+    for a, b in zip(training_rows(near), training_rows(far), strict=True):
+        assert b["kl"] == pytest.approx(a["kl"], rel=0.02, abs=2e-3)  # hidden states in bfloat16
+        assert b["trained_tokens"] == a["trained_tokens"]
+    start = weights(Path(models["model_name"]))
+    ours, theirs = (weights(tiny_models.final(path)) for path in (near, far))
+    moved = torch.cat([(ours[name] - start[name]).flatten() for name in start]).norm()
+    apart = torch.cat([(ours[name] - theirs[name]).flatten() for name in start]).norm()
+    assert apart <= 0.05 * moved
+
+
+def test_what_cannot_be_is_refused_before_anything_is_trained(
+    tmp_path: Path, models: dict[str, str], served: dict[str, Any], service: Running
+):
+    for changes, says in (
+        ({"teacher.served_model": "other"}, "serves teacher, student, not other.*teacher.served_model="),
+        ({"teacher.token_env": None}, "refuses: the token is missing.*teacher.token_env="),
+        ({"teacher.url": f"{service.url},{service.url}/x"}, "give one address"),
+    ):
+        given = {k: v for k, v in {**served, **REVERSE_KL, **changes}.items() if v is not None}
+        with pytest.raises(ConfigError, match=says):
+            run(tmp_path / "r", models, **given)
+        assert not (tmp_path / "r").exists()
+    with pytest.raises(ConfigError, match="give teacher_model="):
+        run(tmp_path / "r", {"model_name": models["model_name"]}, **served, **REVERSE_KL)
+
+
+def test_another_tokenizer_than_the_services_is_named(
+    tmp_path: Path, models: dict[str, str], served: dict[str, Any], made: Path
+):
+    tokenizer = char_tokenizer()
+    tokenizer.add_tokens(["new"])
+    other = tiny_models.make_model(made / "other-tokenizer", seed=3, tokenizer=tokenizer)
+    with pytest.raises(TokenizerMismatchError, match=r"other-tokenizer.* is not the one that teacher at"):
+        run(tmp_path / "r", {**models, "teacher_model": other}, **served, **REVERSE_KL)
