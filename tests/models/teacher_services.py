@@ -46,6 +46,7 @@ class Running:
     url: str
     service: Service
     info: ServiceInfo
+    stop: Callable[[], None]
 
     def scorer(self, temperature: float = 1.0, *, model: str = "t", token: str = TOKEN, **options: Any) -> RemoteScorer:
         return RemoteScorer("far", self.url, self.info, model, temperature=temperature, token=token, **options)
@@ -60,17 +61,21 @@ def running(
     server, socket = make_server(service), listen("127.0.0.1", port, token=token)
     thread = threading.Thread(target=lambda: anyio.run(lambda: server.serve(sockets=[socket])))
     thread.start()
+
+    def stop() -> None:
+        server.should_exit = True
+        thread.join(30)
+        socket.close()
+        assert not thread.is_alive(), "the service did not end"
+
     try:
         deadline = time.monotonic() + 30
         while not server.started:
             assert thread.is_alive() and time.monotonic() < deadline, "the service did not start"
             time.sleep(0.005)
-        yield Running(f"http://127.0.0.1:{socket.getsockname()[1]}", service, service.info)
+        yield Running(f"http://127.0.0.1:{socket.getsockname()[1]}", service, service.info, stop)
     finally:
-        server.should_exit = True
-        thread.join(30)
-        socket.close()
-        assert not thread.is_alive(), "the service did not end"
+        stop()
 
 
 def llama(seed: int = 0, architecture: str = "llama") -> CausalLM:

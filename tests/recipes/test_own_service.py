@@ -16,19 +16,24 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "models"))  # the service tha
 
 from teacher_services import TOKEN, Running, running
 
-from errors import ConfigError, TokenizerMismatchError
+from errors import ConfigError, NoSignalError, TokenizerMismatchError
+from models.teacher_service.hosting import ServedModel
 from recipes import serve_teacher
 from recipes.cli import parse_config
 from recipes.embedded import char_tokenizer
+from training import loop
 
 JSD = {"objective": "jsd"}
 
 
+def models_of(*folders: str) -> list[ServedModel]:
+    argv = [f"models.{i}.model_name={folder}" for i, folder in enumerate(folders)]
+    return serve_teacher.served_models(parse_config(serve_teacher.Config, [*argv, "device=cpu"]))
+
+
 @pytest.fixture(scope="module")
 def service(teacher: str, student: str) -> Iterator[Running]:
-    argv = [f"models.0.model_name={teacher}", f"models.1.model_name={student}", "device=cpu"]
-    models = serve_teacher.served_models(parse_config(serve_teacher.Config, argv))
-    with running(*models) as service:
+    with running(*models_of(teacher, student)) as service:
         yield service
 
 
@@ -64,6 +69,32 @@ def test_a_student_learns_the_same_from_a_served_teacher(
     moved = torch.cat([(ours[name] - start[name]).flatten() for name in start]).norm()
     apart = torch.cat([(ours[name] - theirs[name]).flatten() for name in start]).norm()
     assert apart <= 0.05 * moved
+
+
+def test_a_service_that_stays_away_ends_the_run_which_goes_on_when_it_is_back(
+    tmp_path: Path, models: dict[str, str], served: dict[str, Any], teacher: str, monkeypatch: pytest.MonkeyPatch
+):
+    options = {**served, **JSD, "max_steps": 4, "save_every": 1, "teacher.patience_s": 0.3}
+    train_step, steps = loop.Loop.train_step, []
+
+    async def stopping(self: loop.Loop) -> None:
+        await train_step(self)
+        steps.append(self.step)
+        if len(steps) == 2:
+            first.stop()
+
+    with running(*models_of(teacher)) as first, monkeypatch.context() as patch:
+        patch.setattr(loop.Loop, "train_step", stopping)
+        port = int(first.url.rpartition(":")[2])
+        with pytest.RaisesGroup(pytest.RaisesExc(NoSignalError, match="cannot be reached"), flatten_subgroups=True):
+            run(tmp_path / "run", models, **{**options, "teacher.url": first.url})
+    assert len(training_rows(tmp_path / "run")) == 2, "nothing was trained without a signal"
+    with running(*models_of(teacher), port=port) as second:
+        assert second.url == first.url
+        run(tmp_path / "run", models, **{**options, "teacher.url": second.url})
+        whole = run(tmp_path / "whole", models, **{**options, "teacher.url": second.url})
+    rows, expected = (training_rows(path) for path in (tmp_path / "run", whole))
+    assert [row["kl"] for row in rows] == pytest.approx([row["kl"] for row in expected], rel=1e-3)
 
 
 def test_what_cannot_be_is_refused_before_anything_is_trained(
