@@ -97,7 +97,10 @@ def test_a_lora_student_and_its_lora_teachers_are_one_model(tmp_path: Path, stud
 def test_training_is_the_same_with_a_base_of_the_teacher_s_own(tmp_path: Path, student: str, first: str):
     """But for the rounding of W x + B A x against (W + B A) x."""
     shared = run(tmp_path / "shared", student, (student, first), lora_rank=2)
-    with mock.patch.object(teacher_checks, "adapter_bytes", return_value=None), tiny_models.captured_engines() as engines:
+    with (
+        mock.patch.object(teacher_checks, "adapter_bytes", return_value=None),
+        tiny_models.captured_engines() as engines,
+    ):
         apart = run(tmp_path / "apart", student, (student, first), lora_rank=2)
     assert engines[0].teacher_lms[first].model is not engines[0].learner.lm.model
     assert [e["token_ids"] for e in episodes(shared, 1)] == [e["token_ids"] for e in episodes(apart, 1)]
