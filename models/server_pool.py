@@ -14,6 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 import anyio
 import httpx2
@@ -67,6 +68,11 @@ class _Server:
         self.retry_at = now + pause
 
 
+def may_use_proxy(url: str) -> bool:
+    """What the environment says of proxies is not for this machine's own addresses, nor are tokens for a proxy."""
+    return urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1")
+
+
 class ServerPool:
     def __init__(
         self,
@@ -85,7 +91,8 @@ class ServerPool:
         headers = {} if self.access.token is None else {"Authorization": f"Bearer {self.access.token}"}
         timeout = httpx2.Timeout(self.access.timeout_s, connect=min(CONNECT_S, self.access.timeout_s))
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=IN_FLIGHT)
-        return httpx2.AsyncClient(headers=headers, timeout=timeout, limits=limits, verify=_tls())
+        proxies = all(map(may_use_proxy, self.access.urls))
+        return httpx2.AsyncClient(headers=headers, timeout=timeout, limits=limits, verify=_tls(), trust_env=proxies)
 
     async def ask(self, client: httpx2.AsyncClient, path: str, body: Mapping[str, Any] | None = None) -> bytes:
         """POST `body`, or GET: the answer of whichever server gives one. Raises `Refused`, `Unanswered`."""

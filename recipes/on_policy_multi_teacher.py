@@ -126,7 +126,7 @@ class Config(OnPolicyConfig):
         for i, data in enumerate(self.datasets):
             spec = _of_dataset(self, i)
             if spec is not None:
-                if not taken.get(spec.name, spec).reads_alike(spec):
+                if spec.name in self.blends() or not taken.get(spec.name, spec).reads_alike(spec):
                     spec = replace(spec, name=f"{spec.name} ({data.title})")
                 taken[spec.name] = spec
             found.append(spec)

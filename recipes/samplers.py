@@ -46,8 +46,9 @@ def make_sampler(
         model,
         temperature=config.comparison_temperature(),
         slots=config.sampler_slots,
-        # An engine in this process that has died does not come back.
-        waits=Waits(options.timeout_s, options.patience_s if options.url is not None else 0.0),
+        # An engine in this process that has died does not come back; a second, because it is also how often requests
+        # that wait for a place look.
+        waits=Waits(options.timeout_s, options.patience_s if options.url is not None else 1.0),
     )
 
 

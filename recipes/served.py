@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,8 +59,8 @@ class ServerOptions:
     def _token(self) -> str | None:
         if self.token_env is not None:
             token = os.environ.get(self.token_env, "").strip()
-            if not token:
-                raise ConfigError(f"token_env={self.token_env}: this variable is not set, or empty")
+            if not re.fullmatch(r"[!-~]+", token):
+                raise ConfigError(f"token_env={self.token_env}: this variable is not set, or holds no ASCII token")
             return token
         if self.token_file is None:
             return None
@@ -67,8 +68,8 @@ class ServerOptions:
             token = Path(self.token_file).expanduser().read_text().strip()
         except (OSError, ValueError) as error:
             raise ConfigError(f"token_file={self.token_file}: cannot be read ({type(error).__name__})") from error
-        if not token or not token.isprintable():
-            raise ConfigError(f"token_file={self.token_file}: expected one line, the token")
+        if not re.fullmatch(r"[!-~]+", token):
+            raise ConfigError(f"token_file={self.token_file}: expected one line, the token, in ASCII without spaces")
         return token
 
 

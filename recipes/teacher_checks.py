@@ -32,7 +32,7 @@ def check_teacher(config: StudentConfig, spec: TeacherSpec, student: Renderer, *
     renderer = _teacher_renderer(config, spec, source, tools)
     report = check_pair(spec.name, student, renderer, by_bytes=config.aligns_by_bytes())
     weights = EMA if spec.ema_decay is not None else weights_fingerprint(source)
-    size = adapter_bytes(source)
+    size = None if spec.ema_decay is not None else adapter_bytes(source)  # an average moves: it is no fixed adapter
     return CheckedTeacher(
         name=spec.name,
         source=source,

@@ -38,6 +38,8 @@ class Config(TrainConfig):
 
     @chz.validate
     def _sizes(self) -> None:
+        if self.lmbda != 1:
+            raise ConfigError(f"lmbda={self.lmbda}: environments have no given answers; leave it out")
         if self.groups_per_batch < 1:
             raise ConfigError(f"groups_per_batch={self.groups_per_batch}: expected 1 or more")
         if self.num_substeps > self.groups_per_batch:

@@ -153,7 +153,6 @@ class Engine:
     async def outlast(self, work: Callable[[], Awaitable[T]]) -> T:
         """What `work()` returns. If the engine goes away over it, it is begun anew when the engine is back: for work
         that may be begun twice. Raises `SandboxError`, also if the engine stays away for `RETURN_S`."""
-        until = time.monotonic() + RETURN_S
         while True:
             try:
                 return await work()
@@ -161,6 +160,8 @@ class Engine:
                 refused = error.__cause__ is None or isinstance(error.__cause__, docker.errors.APIError)
                 if refused and await self.answers():
                     raise
+                until = time.monotonic() + RETURN_S  # from here: the work itself may have taken long
+                await anyio.sleep(RETURN_POLL_S)
                 while not await self.answers() and time.monotonic() < until:
                     await anyio.sleep(RETURN_POLL_S)
                 if time.monotonic() > until:  # in the midst of a run this is no mistake of the user's any longer

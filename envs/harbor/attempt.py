@@ -151,7 +151,8 @@ class Attempt:
         if self.graded:
             users = [s.agent_user for s in self.task.steps] + [s.grading.user for s in self.task.steps]
             self._before = await look_before(self.sandbox, users, timeout_s=HOUSEKEEPING_S)
-        if self._workdir is None and any(step.workdir is not None for step in self.task.steps):
+        needed = any(step.workdir is not None or step.grading.apart is not None for step in self.task.steps)
+        if self._workdir is None and needed:
             self._workdir = (await self._command("pwd", "finding the working folder")).strip()
 
     async def _bring(self, step: Step) -> None:
@@ -203,7 +204,9 @@ class Attempt:
         try:
             if step.grading.apart is not None:
                 make = partial(self._sandbox_apart, step.grading, last=last)
-                verdict = await verify_apart(self.sandbox, make, step.grading, self._before, env=env, last=last)
+                verdict = await verify_apart(
+                    self.sandbox, make, step.grading, self._before, env=env, workdir=self._workdir, last=last
+                )
             else:
                 verdict = await verify(
                     self.sandbox,

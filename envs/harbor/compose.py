@@ -36,7 +36,8 @@ def environment_of(path: Path) -> dict[str, str]:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         services: Mapping[str, Any] = content["services"]
         service: Mapping[str, Any] = services[MAIN] or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
+        service.items()
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise NotOneContainer(f"it has no service {MAIN!r} that can be read ({error})") from error
     if others := [name for name in services if name != MAIN]:
         raise NotOneContainer(f"services {', '.join(map(str, others))} besides {MAIN!r}")
@@ -55,6 +56,8 @@ def environment_of(path: Path) -> dict[str, str]:
 def _is_plain(build: Any) -> bool:
     if isinstance(build, str):
         build = {"context": build}
+    if not isinstance(build, Mapping):
+        return build is None
     plain = build.get("context", ".") in (".", "./", "${CONTEXT_DIR}") and build.keys() <= {"context", "dockerfile"}
     return plain and build.get("dockerfile", "Dockerfile") == "Dockerfile"
 
@@ -62,4 +65,8 @@ def _is_plain(build: Any) -> bool:
 def _variables(given: Any) -> dict[str, str]:
     if isinstance(given, list):
         given = {name: value for name, _, value in (str(entry).partition("=") for entry in given)}
-    return {str(name): "" if value is None else str(value) for name, value in (given or {}).items()}
+    texts = {True: "true", False: "false", None: ""}
+    return {
+        str(name): texts[value] if value is None or value is True or value is False else str(value)
+        for name, value in (given or {}).items()
+    }

@@ -56,10 +56,12 @@ async def verify_apart(
     before: Before,
     *,
     env: Mapping[str, str],
+    workdir: str | None,
     last: bool,
 ) -> Verdict:
     """Grade what the agent did, in a sandbox of its own, which is gone afterwards. `make_sandbox` may remove the
-    agent's first, if it is the `last` step. Raises `VerifierError`."""
+    agent's first, if it is the `last` step. `workdir`: where relative artifacts lie, found before the agent acted.
+    Raises `VerifierError`."""
     assert grading.apart is not None
     try:
         with tempfile.TemporaryDirectory(prefix="protege-artifacts-") as folder:
@@ -67,7 +69,7 @@ async def verify_apart(
             carried = [
                 found
                 for number, artifact in enumerate([PUBLISHED, *grading.artifacts])
-                if (found := await _fetch(agent, artifact, Path(folder, str(number)))) is not None
+                if (found := await _fetch(agent, artifact, workdir, Path(folder, str(number)))) is not None
             ]
             sandbox = await make_sandbox()
             try:
@@ -84,16 +86,17 @@ async def verify_apart(
         raise VerifierError(f"the artifacts could not be carried over: {error}") from error
 
 
-async def _fetch(agent: Sandbox, artifact: Artifact, local: Path) -> Carried | None:
-    """None: it is not there, which the tests will see for themselves."""
-    path = shlex.quote(artifact.source)
+async def _fetch(agent: Sandbox, artifact: Artifact, workdir: str | None, local: Path) -> Carried | None:
+    """None: it is not there, which the tests will see for themselves. Where it goes is never the sandbox's word, in
+    which the agent may have replaced every program."""
+    target = str(PurePosixPath(workdir or "/", artifact.source))
     script = (
-        f"p={path}; [[ $p == /* ]] || p=$PWD/$p; "
+        f"p={shlex.quote(target)}; "
         '[ -d "$p" ] && k=folder || { [ -x "$p" ] && k=program || { [ -f "$p" ] && k=file || k=nothing; }; }; '
-        'printf "%s %s" "$k" "$p"'
+        'printf %s "$k"'
     )
     said = await agent.run_apart(script, timeout_s=HOUSEKEEPING_S, user=ROOT)
-    kind, _, target = said.decode("utf-8", errors="surrogateescape").partition(" ")
+    kind = said.decode("utf-8", errors="replace")
     if kind == "folder":
         await agent.download_dir(target, local, max_bytes=ARTIFACT_BYTES)
         await to_thread.run_sync(_exclude, local, artifact.exclude)
@@ -118,7 +121,9 @@ async def _grade(sandbox: Sandbox, carried: Sequence[Carried], grading: Grading,
     before = await look_before(sandbox, [grading.user], timeout_s=HOUSEKEEPING_S)
     for artifact in carried:
         if artifact.local.is_dir():
-            await checked(sandbox, f"rm -rf {shlex.quote(artifact.target)}", "clearing the way for an artifact")
+            way = shlex.quote(artifact.target)
+            clear = f"[ -d {way} ] && [ ! -L {way} ] || rm -rf {way}"  # a folder is filled: shells may stand in it
+            await checked(sandbox, clear, "clearing the way for an artifact")
             await sandbox.upload_dir(artifact.local, artifact.target)
         else:
             mode = 0o755 if artifact.executable else 0o644

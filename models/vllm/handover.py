@@ -21,6 +21,7 @@ from models.vllm.pool import Member
 
 PROBE = "Weights that were handed over must say the same here as there: 2 + 2 = "
 LONGEST_PROMPT, PROBE_TOKENS = 32, 16  # any context has room for them
+UPDATE_S, PROOF_S = 1800.0, 300.0  # an engine that takes longer has frozen
 ALLOWED = {"float32": 1e-3, "bfloat16": 0.1}
 """Largest mean difference, in nats, of an engine's logprobs from the learner's that is rounding."""
 
@@ -97,14 +98,16 @@ class Handover:
 
     async def _give(self, member: Member, folder: Path, label: str, adapter: str | None, source: WeightSource) -> None:
         try:
-            await member.engine.wake()
-            if adapter is None:
-                await member.engine.reload(folder / "model", label)
-            else:
-                await member.engine.load_adapter(folder / "adapter", adapter)
-            await self._prove(member.engine, label, adapter, source)
-        except Transient as error:  # gone meanwhile: it gets them when it is back, at the next update
-            member.take_out(str(error))
+            with anyio.fail_after(UPDATE_S):
+                await member.engine.wake()
+                if adapter is None:
+                    await member.engine.reload(folder / "model", label)
+                else:
+                    await member.engine.load_adapter(folder / "adapter", adapter)
+            with anyio.fail_after(PROOF_S):
+                await self._prove(member.engine, label, adapter, source)
+        except (Transient, TimeoutError) as error:  # gone meanwhile: it gets them when it is back, at the next update
+            member.take_out(str(error) or f"{member.engine.name} froze while it took new weights")
 
     async def _prove(self, engine: Engine, label: str, adapter: str | None, source: WeightSource) -> None:
         """Raises `ProtegeError` unless what the engine samples is as likely under the learner's weights as it says."""

@@ -18,6 +18,7 @@ import httpx2
 
 from envs.types import SamplingParams
 from errors import ProtegeError, SamplerError
+from models.server_pool import may_use_proxy
 from models.vllm.engine import Answer, Outdated, Transient, Unreachable, read_answer, sampling_params
 
 CONNECT_S = 10.0
@@ -36,7 +37,12 @@ class ServerEngine:
     async def open(self) -> None:
         # Servers close what has been idle for five seconds: a request must not be on its way then.
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0)
-        self._client = httpx2.AsyncClient(base_url=self.name, limits=limits, verify=self.name.startswith("https:"))
+        self._client = httpx2.AsyncClient(
+            base_url=self.name,
+            limits=limits,
+            verify=self.name.startswith("https:"),
+            trust_env=may_use_proxy(self.name),
+        )
 
     async def close(self) -> None:
         if self._client is not None:

@@ -67,7 +67,10 @@ async def _card(access: Access, served_model: str | None, option: str) -> VllmSe
                 f"{option}served_model={served_model}: {url} serves {', '.join(cards)}. Name one of these, or start "
                 "the server with that model"
             )
-        return VllmServer(name, cards[name].get("root") or name, int(cards[name]["max_model_len"]))
+        base = cards.get(
+            cards[name].get("parent"), cards[name]
+        )  # an adapter's card knows no length, and its root is a path
+        return VllmServer(name, base.get("root") or name, int(base["max_model_len"]))
     except (LookupError, TypeError, ValueError, AttributeError):
         raise ConfigError(
             f"{option}url={url}: what answers there is no `vllm serve` (its /v1/models lists no model with a "

@@ -88,6 +88,9 @@ class GoingAway:
     def containers(self, **options: object) -> list[dict]:
         return [{"Id": "0123456789abcdef", "Names": None, "Labels": labels(self._owner.label())}]
 
+    def inspect_container(self, container: str) -> dict:
+        return {"State": {"Paused": False}}
+
     def remove_container(self, container: str, **options: object) -> None:
         pass
 
