@@ -24,7 +24,7 @@ from envs.types import Sampled, SamplingParams
 from models.device_thread import compute
 from models.transformers_sampler import TransformersSampler
 from recipes import on_policy_distillation_harbor_multi_turn as recipe
-from recipes import setup
+from recipes import samplers
 from recipes.cli import run_cli
 from recipes.embedded_shell import call, transcripts
 from sandbox.docker_sandbox import DockerSandbox, DockerSandboxFactory
@@ -158,7 +158,7 @@ def main(records: str, argv: Sequence[str]) -> None:
 
     DockerSandboxFactory.create = recorded  # type: ignore[method-assign]
     recipe.check = checked
-    setup.TransformersSampler = ScriptedSampler  # type: ignore[misc]
+    samplers.TransformersSampler = ScriptedSampler  # type: ignore[misc]
     run_cli(recipe.main, recipe.Config, argv=list(argv))
 
 
