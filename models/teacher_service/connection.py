@@ -16,7 +16,8 @@ import anyio
 import httpx2
 
 from errors import ConfigError, TeacherError
-from models.teacher_service.gate import LOOPBACK_NAMES, MARK
+from models.server_pool import may_use_proxy
+from models.teacher_service.gate import MARK
 from models.teacher_service.wire import MEDIA_TYPE
 
 CONNECT_S = 10.0
@@ -51,8 +52,7 @@ class Connection:
         self._wait_s, self._deadline_s = wait_s, deadline_s
         self._unreachable_since: float | None = None
         self._was_silent = False
-        # What the environment says of proxies is not for this machine's own addresses.
-        self._trust_env = f"[{parts.hostname}]" not in LOOPBACK_NAMES and parts.hostname not in LOOPBACK_NAMES
+        self._trust_env = may_use_proxy(url)
 
     @cached_property
     def _tls(self) -> ssl.SSLContext | bool:
