@@ -128,7 +128,7 @@ async def check_fit(
         make_scorer, gap = await own_service.check_fit(
             found, access, name=name, maker=maker, need=need, temperature=temperature, device=device
         )
-        length = found.model.context_length or sys.maxsize
+        length = min(found.model.context_length or sys.maxsize, found.info.limits.request_tokens)
         return Served(
             model=found.model.name,
             urls=access.urls,

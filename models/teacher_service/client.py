@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TypeVar
 
 import anyio
@@ -22,9 +22,7 @@ from models.teacher_service.messages import (
     SERVICE,
     HeadFields,
     HiddenDtype,
-    Reading,
     RequestFields,
-    ScoreAnswer,
     ScoreRequest,
     ServiceInfo,
     answer_bytes,
@@ -33,6 +31,7 @@ from models.teacher_service.messages import (
     encode_request,
     parse_info,
 )
+from models.teacher_service.pieces import Piece, cut, join
 from models.teacher_service.wire import OVERHEAD_BYTES, VERSION, Refused
 from models.teacher_view import exchanged
 from models.types import Signal, SignalKind, SignalSpec, TeacherTopK, TeacherView
@@ -103,20 +102,26 @@ class RemoteScorer:
         self._loaded: str | None = None  # what the first answer said of the weights that computed it
 
     async def score(self, views: Sequence[TeacherView], need: SignalSpec) -> list[Signal]:
-        """One signal per view, in order. Raises `TeacherError`."""
+        """One signal per view, in order. Raises `TeacherError`.
+
+        On the event loop's thread it only waits: what is sent and received is put together elsewhere."""
         if need is SignalKind.NONE:
             raise TeacherError(f"teacher {self.name} was asked for nothing")
+        if not views:
+            return []
         fields = self._fields(need)
+        requests = await anyio.to_thread.run_sync(self._requests, views, fields)
         async with self._connection.open() as client:
             if need is SignalKind.FULL:
                 await self._fetch_head(client)
 
-            async def one(some: Sequence[TeacherView]) -> list[Signal]:
+            async def one(pieces: Sequence[Piece]) -> dict[str, np.ndarray]:
                 async with self._free:
-                    return await self._score_request(client, some, fields)
+                    return await self._score_request(client, pieces, fields)
 
-            found = await _all([lambda some=some: one(some) for some in self._requests(views, fields)])
-        return [signal for signals in found for signal in signals]
+            answers = await _all([lambda pieces=pieces: one(pieces) for pieces in requests])
+        rows = await anyio.to_thread.run_sync(join, views, requests, answers)
+        return await compute(self._signals, views, rows)
 
     def _fields(self, need: SignalSpec) -> RequestFields:
         common = {"model": self.model.name, "weights": self.model.weights, "temperature": float(self.temperature)}
@@ -126,69 +131,56 @@ class RemoteScorer:
             return RequestFields(need="full", hidden_dtype=self._hidden_dtype, **common)  # type: ignore[arg-type]
         return RequestFields(need="sampled", **common)  # type: ignore[arg-type]
 
-    def _requests(self, views: Sequence[TeacherView], fields: RequestFields) -> Iterator[list[TeacherView]]:
-        """Views for one request each: as many as fit into its tokens and its answer, but at least one."""
-        some: list[TeacherView] = []
-        most = min(REQUEST_TOKENS, self._limits.request_tokens)
-        for view in views:
-            both = [*some, view]
-            size = self._answer_bytes(fields, sum(len(v.positions) for v in both))
-            if some and (sum(len(v.token_ids) for v in both) > most or size > self._limits.answer_bytes):
-                yield some
-                some = []
-            some = [*some, view]
-        if some:
-            yield some
+    def _requests(self, views: Sequence[TeacherView], fields: RequestFields) -> list[list[Piece]]:
+        """Raises `TeacherError` where not even one position's answer fits."""
+        size, most = self._answer_bytes(fields, 1), self._limits.answer_bytes
+        if size > most:
+            raise TeacherError(
+                f"teacher {self.name}: the answer to one position has {size} bytes, {self._connection.url} gives {most}"
+            )
+        return cut(views, tokens=min(REQUEST_TOKENS, self._limits.request_tokens), scored=most // size)
 
     def _answer_bytes(self, fields: RequestFields, scored: int) -> int:
         model = self.model
         return answer_bytes(fields, scored, hidden_size=model.hidden_size, vocab_size=model.vocab_size)
 
     async def _score_request(
-        self, client: AsyncClient, views: Sequence[TeacherView], fields: RequestFields
-    ) -> list[Signal]:
-        # A view may name a position twice or in any order; the wire knows a set of them.
-        distinct = [np.unique(view.positions, return_inverse=True) for view in views]
-        readings = [Reading(view.token_ids, where) for view, (where, _) in zip(views, distinct, strict=True)]
-        request = ScoreRequest(fields, readings)
+        self, client: AsyncClient, pieces: Sequence[Piece], fields: RequestFields
+    ) -> dict[str, np.ndarray]:
+        request, model = ScoreRequest(fields, [piece.reading for piece in pieces]), self.model
         answer = await self._connection.ask(
             client,
             "POST",
             "/score",
-            content=encode_request(request),
+            content=await anyio.to_thread.run_sync(encode_request, request),
             max_bytes=OVERHEAD_BYTES + 64 * 3 + self._answer_bytes(fields, request.scored),
         )
-        model = self.model
-        found = self._understood(
+        found = await self._understood(
             answer,
             lambda body: decode_answer(body, request, hidden_size=model.hidden_size, vocab_size=model.vocab_size),
         )
         self._check_weights(found.fields.weights, found.fields.loaded)
         if fields.need == "full" and found.fields.head != self._head_digest:
             raise TeacherError(f"teacher {self.name}: the hidden states belong to another head than the one fetched")
-        signals, start = [], 0
-        for view, (where, order) in zip(views, distinct, strict=True):
-            signals.append(self._signal(found, slice(start, start + len(where)), order, view))
-            start += len(where)
-        return signals
+        return found.arrays
 
-    def _signal(self, answer: ScoreAnswer, rows: slice, order: np.ndarray, view: TeacherView) -> Signal:
-        in_order = np.array_equal(order, np.arange(len(order)))
-        values = {
-            name: from_raw(array[rows] if in_order else array[rows][order]) for name, array in answer.arrays.items()
-        }
+    def _signals(self, views: Sequence[TeacherView], rows: Sequence[Mapping[str, np.ndarray]]) -> list[Signal]:
         try:
-            if "hidden" in values:
-                return Signal(hidden=values["hidden"], head=self._head, swap=view.swap)
-            ids = values.get("topk_ids")
-            return Signal(
-                logprobs=values["logprobs"],
-                topk_ids=None if ids is None else exchanged(ids.long(), view.swap),
-                topk_logprobs=values.get("topk_logprobs"),
-                swap=view.swap,
-            )
+            return [self._signal(view, arrays) for view, arrays in zip(views, rows, strict=True)]
         except ValueError as error:
             raise TeacherError(f"teacher {self.name} gave a signal that is none: {error}") from error
+
+    def _signal(self, view: TeacherView, arrays: Mapping[str, np.ndarray]) -> Signal:
+        values = {name: from_raw(array) for name, array in arrays.items()}
+        if "hidden" in values:
+            return Signal(hidden=values["hidden"], head=self._head, swap=view.swap)
+        ids = values.get("topk_ids")
+        return Signal(
+            logprobs=values["logprobs"],
+            topk_ids=None if ids is None else exchanged(ids.long(), view.swap),
+            topk_logprobs=values.get("topk_logprobs"),
+            swap=view.swap,
+        )
 
     # --- the head
 
@@ -207,19 +199,22 @@ class RemoteScorer:
                 self._head, self._head_digest = AtTemperature(moved, self.temperature), fields.digest
 
     async def _download(self, client: AsyncClient, fields: HeadFields) -> LinearHead:
-        dtype = getattr(torch, fields.dtype)
-        weight = torch.empty(fields.rows, fields.width, dtype=dtype)
-        bias = torch.empty(fields.rows, dtype=dtype) if fields.has_bias else None
+        dtype = np.dtype(np.uint16 if fields.dtype == "bfloat16" else np.float32)
+        weight = np.empty((fields.rows, fields.width), dtype)
+        bias = np.empty(fields.rows, dtype) if fields.has_bias else None
+
+        def keep(start: int, arrays: Mapping[str, np.ndarray]) -> None:
+            for whole, name in ((weight, "weight"), (bias, "bias")):
+                if whole is not None:
+                    whole[start : start + len(arrays[name])] = arrays[name]
+
         step = max(1, min(HEAD_PIECE_BYTES, self._limits.answer_bytes) // ((fields.width + 1) * dtype.itemsize))
         for start in range(0, fields.rows, step):
-            end = min(start + step, fields.rows)
-            piece, arrays = await self._head_piece(client, start, end - start)
+            piece, arrays = await self._head_piece(client, start, min(step, fields.rows - start))
             if piece != fields:
                 raise TeacherError(f"teacher {self.name}: its head changed while it was fetched")
-            weight[start:end] = from_raw(arrays["weight"])
-            if bias is not None:
-                bias[start:end] = from_raw(arrays["bias"])
-        return LinearHead(weight, bias, fields.scale, fields.softcap)
+            await anyio.to_thread.run_sync(keep, start, arrays)
+        return LinearHead(from_raw(weight), None if bias is None else from_raw(bias), fields.scale, fields.softcap)
 
     async def _head_piece(self, client: AsyncClient, start: int, rows: int) -> tuple[HeadFields, dict[str, np.ndarray]]:
         size = 4 * rows * (self.model.hidden_size + 1)
@@ -227,19 +222,20 @@ class RemoteScorer:
         answer = await self._connection.ask(
             client, "GET", "/head", params=params, max_bytes=OVERHEAD_BYTES + 64 * 2 + size
         )
-        fields, arrays = self._understood(answer, lambda body: decode_head(body, rows=rows, max_bytes=size))
+        fields, arrays = await self._understood(answer, lambda body: decode_head(body, rows=rows, max_bytes=size))
         self._check_weights(fields.weights, fields.loaded)
-        if fields.width != self.model.hidden_size:
-            raise TeacherError(f"teacher {self.name}: its head is {fields.width} wide, not {self.model.hidden_size}")
+        expected = self.model.vocab_size, self.model.hidden_size
+        if fields.width != expected[1] or not 0 < fields.rows <= 2 * expected[0]:  # some are padded
+            raise TeacherError(f"teacher {self.name}: its head is {fields.rows} x {fields.width}, not {expected}")
         return fields, arrays
 
     # --- what comes back
 
-    def _understood(self, answer: Answer, decode: Callable[[bytearray], T]) -> T:
+    async def _understood(self, answer: Answer, decode: Callable[[bytearray], T]) -> T:
         if answer.status != 200:
             raise TeacherError(f"teacher {self.name} at {self._connection.url}: {sentence(answer.body)}")
         try:
-            return decode(answer.body)
+            return await anyio.to_thread.run_sync(decode, answer.body)
         except Refused as error:
             raise TeacherError(
                 f"teacher {self.name} at {self._connection.url} gave no valid answer: {error}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from errors import ConfigError, TokenizerMismatchError
 from models.teacher_service.messages import ModelInfo, ServiceInfo
-from models.types import SignalSpec, TeacherTopK
+from models.types import SignalKind, SignalSpec, TeacherTopK
 
 
 def find_model(service: ServiceInfo, name: str | None, url: str) -> ModelInfo:
@@ -43,6 +43,18 @@ def check_fit(
             f"top_k={need.k}: {url} gives at most {limits.top_k}. Lower it, or start the service with "
             f"max_top_k={need.k}"
         )
+    if (size := _largest_row(model, need)) > limits.answer_bytes:
+        raise ConfigError(
+            f"{url} gives at most {limits.answer_bytes} bytes at a time, and one position needs {size}"
+            + (f": lower top_k={need.k}" if isinstance(need, TeacherTopK) else ": use an objective that needs less")
+        )
     low, high = limits.temperature
     if not low <= temperature <= high:
         raise ConfigError(f"temperature={temperature}: {url} scores at {low} to {high}")
+
+
+def _largest_row(model: ModelInfo, need: SignalSpec) -> int:
+    """Bytes of what is never cut: the answer to one position, or a row of the head."""
+    if isinstance(need, TeacherTopK):
+        return 4 + 8 * min(need.k, model.vocab_size)
+    return 4 * (model.hidden_size + 1) if need is SignalKind.FULL else 4

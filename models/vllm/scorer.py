@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import anyio
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 
 from errors import ConfigError, TeacherError
+from models.device_thread import compute
 from models.server_pool import Refused, ServerPool, Unanswered
 from models.teacher_view import exchanged
 from models.types import Signal, SignalKind, SignalSpec, TeacherTopK, TeacherView
@@ -72,13 +74,15 @@ class VllmScorer:
 
     async def _signal(self, client: httpx2.AsyncClient, view: TeacherView, k: int) -> Signal:
         if not len(view.positions):
-            empty = torch.zeros(0, k)
-            return Signal(torch.zeros(0), empty.long(), empty, swap=view.swap) if k else Signal(torch.zeros(0))
+            return _Numbers(np.zeros(0, np.float32), np.zeros((0, k), np.int64), np.zeros((0, k), np.float32)).signal(
+                view.swap
+            )
         ids = view.token_ids.tolist()
         body = {"model": self._model, "prompt": ids, "prompt_logprobs": k, "max_tokens": 1, "temperature": 0.0}
         try:
             answer = await self._pool.ask(client, "/v1/completions", body)
-            return await anyio.to_thread.run_sync(_read, answer, view, k)
+            found = await anyio.to_thread.run_sync(_read, answer, view, k)
+            return await compute(found.signal, view.swap)  # torch computes on one thread only
         except (Refused, Unanswered) as error:
             raise TeacherError(f"teacher {self.name} could not score {len(ids)} tokens: {error}") from error
         except _BadAnswer as error:
@@ -89,8 +93,23 @@ class _BadAnswer(Exception):
     """An answer without the numbers that were asked for."""
 
 
-def _read(answer: bytes, view: TeacherView, k: int) -> Signal:
-    """The signal in a completion's JSON. Raises `_BadAnswer`."""
+@dataclass(frozen=True)
+class _Numbers:
+    """Of every scored token."""
+
+    own: np.ndarray  # float32 [n]
+    ids: np.ndarray  # int64 [n, k]
+    top: np.ndarray  # float32 [n, k]
+
+    def signal(self, swap: tuple[int, int] | None) -> Signal:
+        own = torch.from_numpy(self.own)
+        if not self.ids.shape[1]:
+            return Signal(own, swap=swap)
+        return Signal(own, exchanged(torch.from_numpy(self.ids), swap), torch.from_numpy(self.top), swap=swap)
+
+
+def _read(answer: bytes, view: TeacherView, k: int) -> _Numbers:
+    """What is in a completion's JSON. Raises `_BadAnswer`."""
     try:
         rows = json.loads(answer)["choices"][0]["prompt_logprobs"]
     except (ValueError, LookupError, TypeError):
@@ -109,12 +128,10 @@ def _read(answer: bytes, view: TeacherView, k: int) -> Signal:
         own.append(row[token])
         if k:
             ids[i], top[i] = _likeliest(row, token, k, position)
-    logprobs = torch.tensor(own, dtype=torch.float32)
+    logprobs = np.array(own, dtype=np.float32)
     if (logprobs > 1e-4).any() or (np.exp(top.astype(np.float64)).sum(1) > 1 + MASS_TOLERANCE).any():
         raise _BadAnswer(NO_LOGPROBS)
-    if not k:
-        return Signal(logprobs=logprobs, swap=view.swap)
-    return Signal(logprobs, exchanged(torch.from_numpy(ids), view.swap), torch.from_numpy(top), swap=view.swap)
+    return _Numbers(logprobs, ids, top)
 
 
 def _finite_row(row: Any, position: int) -> dict[int, float]:

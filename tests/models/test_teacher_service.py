@@ -6,6 +6,7 @@ import re
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -161,6 +162,114 @@ async def test_many_views_are_cut_into_requests_by_tokens_and_by_answer():
             assert count(service, "requests", path="/score", status="200") == requests
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a.topk_logprobs, b.topk_logprobs, atol=1e-4, rtol=0)
+
+
+def one_by_one(view: TeacherView) -> TeacherView:
+    """The same view with its positions in another order, one of them twice."""
+    order = np.random.default_rng(0).permutation(len(view.positions))
+    order = np.append(order, order[0])
+    return TeacherView(view.token_ids, view.positions[order], np.arange(len(order)))
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("need", "row_bytes"), [(SignalKind.SAMPLED, 4), (TeacherTopK(5), 44), (SignalKind.FULL, 4 * 32)], ids=str
+)
+@pytest.mark.parametrize("rows", [1, 7, 33])
+async def test_a_view_whose_answer_does_not_fit_is_asked_about_in_pieces(need: Any, row_bytes: int, rows: int):
+    """Of 60 and 20 positions, 33 and fewer at a time: every answer fits, and the signal is that of one answer."""
+    lm, head_row = llama(), 4 * 33
+    ids = np.random.default_rng(1).integers(0, tiny.VOCAB, size=(2, 70))
+    long = TeacherView(ids[0], np.arange(5, 65), np.arange(60))
+    some = [long, one_by_one(TeacherView(ids[1], np.arange(30, 50), np.arange(20))), one_by_one(long)]
+    limits = ServiceLimits(answer_bytes=max(rows * row_bytes, head_row if need is SignalKind.FULL else 0))
+    with running(served(lm), limits=limits) as service:
+        got = await service.scorer(hidden_dtype="float32").score(some, need)
+        asked = count(service, "requests", path="/score", status="200")
+        assert count(service, "scored_tokens", model="t", need=getattr(need, "value", "topk")) == 60 + 20 + 60
+    held = limits.answer_bytes // row_bytes
+    assert asked >= 140 / held
+    for a, b in zip(got, await TransformersScorer("t", lm).score(some, need), strict=True):
+        for name in ("logprobs", "topk_logprobs", "hidden"):
+            value, expected = getattr(a, name), getattr(b, name)
+            assert (value is None) == (expected is None)
+            if value is not None:
+                torch.testing.assert_close(value.float(), expected.float(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.anyio
+async def test_very_many_short_views_fit_into_the_requests_that_are_taken():
+    lm = llama()
+    some = [TeacherView(np.array([i % tiny.VOCAB, 1]), np.array([1]), np.array([0])) for i in range(1000)]
+    with running(served(lm), limits=ServiceLimits(request_tokens=1)) as service:  # a context's length, 512
+        got = await service.scorer().score(some, SignalKind.SAMPLED)
+        assert count(service, "requests", path="/score", status="200") == 4
+    for a, b in zip(got, await TransformersScorer("t", lm).score(some, SignalKind.SAMPLED), strict=True):
+        torch.testing.assert_close(a.logprobs, b.logprobs, atol=1e-4, rtol=0)
+
+
+def test_a_position_that_fits_into_no_answer_is_refused_at_the_start():
+    with running(served(llama()), limits=ServiceLimits(answer_bytes=100)) as service:
+        model = service.info.models[0]
+
+        def check(need: Any) -> None:
+            check_fit(
+                service.info, model, url="u", tokenizer="tok", tokenizer_name="./mine", need=need, temperature=1.0
+            )
+
+        check(SignalKind.SAMPLED)
+        check(TeacherTopK(12))
+        with pytest.raises(ConfigError, match=r"one position needs 108: lower top_k=13"):
+            check(TeacherTopK(13))
+        with pytest.raises(ConfigError, match="one position needs 132: use an objective"):
+            check(SignalKind.FULL)
+        with pytest.raises(TeacherError, match="one position has 108 bytes"):
+            anyio.run(service.scorer().score, views(1), TeacherTopK(13))
+
+
+# --- the event loop
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("need", [SignalKind.SAMPLED, TeacherTopK(5), SignalKind.FULL], ids=str)
+async def test_the_event_loop_goes_on_while_answers_are_put_together(need: Any, monkeypatch: pytest.MonkeyPatch):
+    """Every piece of that work is held up until a task of the loop has run. On the loop's own thread it would never."""
+    loop_thread, held = threading.get_ident(), Counter[str]()
+    beats = threading.Condition()
+    beat_count = 0
+
+    def held_up(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            assert threading.get_ident() != loop_thread, f"{name} is done on the event loop's thread"
+            with beats:
+                now = beat_count
+                assert beats.wait_for(lambda: beat_count >= now + 2, 20), f"the loop stands still during {name}"
+            held[name] += 1
+            return function(*arguments, **options)
+
+        return wrapped
+
+    for name in ("cut", "join", "encode_request", "decode_answer", "decode_head"):
+        monkeypatch.setattr(client, name, held_up(name, getattr(client, name)))
+    for name in ("keep", "load_cached"):
+        monkeypatch.setattr(client.heads, name, held_up(name, getattr(client.heads, name)))
+    monkeypatch.setattr(client, "Signal", held_up("Signal", client.Signal))
+
+    async def beat() -> None:
+        nonlocal beat_count
+        while True:
+            with beats:
+                beat_count += 1
+                beats.notify_all()
+            await anyio.sleep(0.001)
+
+    with running(served(llama())) as service:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(beat)
+            await service.scorer().score(views(2), need)
+            tasks.cancel_scope.cancel()
+    expected = {"cut", "join", "encode_request", "decode_answer", "Signal"}
+    assert held.keys() == expected | ({"decode_head", "keep", "load_cached"} if need is SignalKind.FULL else set())
 
 
 # --- the head

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,8 +16,10 @@ import pytest
 import torch
 
 from errors import ConfigError, TeacherError, TokenizerMismatchError
+from models.device_thread import compute_blocking
 from models.server_pool import IN_FLIGHT, Access, ServerPool
 from models.types import Signal, SignalKind, SignalSpec, TeacherTopK, TeacherView
+from models.vllm import scorer as vllm_scorer
 from models.vllm import teacher_server as vllm
 from models.vllm.scorer import VllmScorer
 from tests.models import tiny
@@ -88,6 +91,21 @@ def test_a_request_holds_ids_and_the_k_that_is_needed(server: ScriptedTeacher):
     rows = tiny.plain_logits(MODEL, [3, 4, 5, 6, 7]).log_softmax(-1)[[1, 3]]
     torch.testing.assert_close(signal.logprobs, rows.gather(1, torch.tensor([[5], [7]]))[:, 0])
     torch.testing.assert_close(signal.topk_logprobs, rows.topk(3).values)
+
+
+def test_answers_are_read_beside_the_event_loop_and_torch_computes_on_the_devices_thread(
+    server: ScriptedTeacher, monkeypatch: pytest.MonkeyPatch
+):
+    threads: dict[str, set[int]] = {"read": set(), "signal": set()}
+
+    def noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments, **options: threads[name].add(threading.get_ident()) or function(*arguments, **options)
+
+    monkeypatch.setattr(vllm_scorer, "_read", noted("read", vllm_scorer._read))
+    monkeypatch.setattr(vllm_scorer, "Signal", noted("signal", Signal))
+    score(scorer(server), view(3, 4, 5), view(5, 6), need=TeacherTopK(3))
+    assert threads["signal"] == {compute_blocking(threading.get_ident)}
+    assert threads["read"] and threading.get_ident() not in threads["read"]
 
 
 def test_the_sampled_token_counts_among_the_top_k_only_where_it_is_one_of_them(server: ScriptedTeacher):
