@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import re
-import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -86,6 +85,10 @@ class Config:
         default=LIMITS.waiting_requests, doc="more are told to come back later (status 503)"
     )
     max_waiting_tokens: int = chz.field(default=LIMITS.waiting_tokens, doc="of all requests that wait, likewise")
+    grace_s: float = chz.field(
+        default=20.0,
+        doc="after SIGTERM or Ctrl-C, how long what is being scored may take; a second one ends it at once",
+    )
 
     @chz.validate
     def _check(self) -> None:
@@ -95,6 +98,8 @@ class Config:
         )
         if self.score_tokens is not None and self.score_tokens < 1:
             raise ConfigError(f"score_tokens={self.score_tokens}: expected 1 or more")
+        if not 0 <= self.grace_s < float("inf"):
+            raise ConfigError(f"grace_s={self.grace_s}: expected 0 or more")
         if bool(self.models) == (self.model_name is not None):
             raise ConfigError("give model_name, or models.0.model_name, models.1.model_name, …: one way or the other")
         if self.models and (self.checkpoint, self.name) != (None, None):
@@ -132,7 +137,8 @@ def name_of(options: ModelOptions) -> str:
     return name
 
 
-def main(config: Config) -> None:
+def main(config: Config) -> int:
+    """Returns the exit code: 0 after SIGTERM, 130 after Ctrl-C."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     token = read_token(config.token_file)
     socket_ = listen(config.host, config.port, token=token)
@@ -143,14 +149,10 @@ def main(config: Config) -> None:
             print(
                 f"{model.info.name}: {model.info.dtype}, context {model.info.context_length}, loaded when first needed"
             )
+        server.end_at_signals(config.grace_s)
         print(f"serving on {address(socket_)}, {'with a token' if token else 'without a token'}", flush=True)
-        # uvicorn raises the signal that ended it once more when all is done: SIGTERM is then no failure
-        signal.signal(signal.SIGTERM, lambda *_: None)
-        anyio.run(_serve, server, socket_)
-
-
-async def _serve(server: object, socket_: socket.socket) -> None:
-    await server.serve(sockets=[socket_])  # type: ignore[attr-defined]
+        anyio.run(lambda: server.serve(sockets=[socket_]))
+    return server.exit_code
 
 
 def address(socket_: socket.socket) -> str:

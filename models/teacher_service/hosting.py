@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +13,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from errors import ModelError, ProtegeError, TeacherError
+from errors import ModelError, TeacherError
 from models.causal_lm import CausalLM
 from models.device_thread import compute
 from models.teacher_service.head import LinearHead, raw, take_head
@@ -21,6 +23,7 @@ from models.transformers_scorer import TransformersScorer
 from models.types import Signal, TeacherView
 
 logger = logging.getLogger(__name__)
+RETRY_S = 60.0
 _STRIDE, _SAMPLE = 1 << 18, 1 << 10  # elements: of each 262,144 of a weight, 1,024 are hashed
 
 
@@ -67,24 +70,41 @@ class Checkpoint:
         self._token_budget = token_budget
         self._loaded: Loaded | None = None
 
+        self._failure = ""  # of the last attempt to load, the kind of error
+        self._failed_at = -math.inf
+
     @property
     def in_memory(self) -> bool:
         return self._loaded is not None
 
     async def loaded(self, name: str) -> Loaded:
-        """Raises `Refused`: what a loader says names files of this machine, so it goes to the log alone."""
+        """Raises `Refused`: what a loader says names files of this machine, so it goes to the log alone.
+
+        What failed is not tried again for `RETRY_S`: each attempt may take minutes, and all others wait for it."""
+        if self._loaded is None and not self._failed_lately:
+            await compute(self._load_once, name)
         if self._loaded is None:
-            try:
-                await compute(self._once)
-            except (ProtegeError, RuntimeError, OSError) as error:
-                logger.error("model %s could not be loaded: %s", name, error)
-                raise Refused(500, f"model {name} could not be loaded; the service's log says why") from error
-        assert self._loaded is not None
+            raise Refused(
+                500,
+                f"model {name} could not be loaded ({self._failure}); the service's log says why. It is tried again "
+                f"for requests that come {RETRY_S:g} s later, or after a restart",
+            )
         return self._loaded
 
-    def _once(self) -> None:
-        if self._loaded is None:  # callers that waited together
+    @property
+    def _failed_lately(self) -> bool:
+        return time.monotonic() < self._failed_at + RETRY_S
+
+    def _load_once(self, name: str) -> None:
+        if self._loaded is not None or self._failed_lately:  # callers that waited together
+            return
+        try:
             self._loaded = Loaded(self._load(), token_budget=self._token_budget)
+        except (
+            Exception
+        ) as error:  # transformers raises errors of all kinds; kept by name, an error holds what was loaded
+            logger.error("model %s could not be loaded: %s", name, error)
+            self._failure, self._failed_at = type(error).__name__, time.monotonic()
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,8 @@ class ServiceLimits:
     waiting_requests: int = 256
     waiting_tokens: int = 1 << 20
     batch_tokens: int = 32_768  # of requests that are scored in one call
+    connections: int = 256  # at a time; further ones are told to come back later
+    head_timeout_s: float = 10.0  # for a request's first lines, from when the connection is there
     read_timeout_s: float = 60.0  # for a request's body
     write_timeout_s: float = 60.0  # for each MiB of an answer
 
@@ -75,22 +77,22 @@ class Service:
         self, models: Sequence[ServedModel], *, token: str | None, limits: ServiceLimits | None = None
     ) -> None:
         self._models = {model.info.name: model for model in models}
-        self._limits = limits or ServiceLimits()
+        self.limits = limits or ServiceLimits()
         contexts = [model.info.context_length or 0 for model in models]
-        self._request_tokens = max(self._limits.request_tokens, *contexts)
+        self._request_tokens = max(self.limits.request_tokens, *contexts)
         self._metrics = Metrics()
         self.queue = ScoreQueue(
             self._score_batch,
-            max_jobs=self._limits.waiting_requests,
-            max_tokens=self._limits.waiting_tokens,
-            batch_tokens=self._limits.batch_tokens,
+            max_jobs=self.limits.waiting_requests,
+            max_tokens=self.limits.waiting_tokens,
+            batch_tokens=self.limits.batch_tokens,
         )
         self.app = Gate(self._routes(), token=token, answered=self._count)
 
     @property
     def info(self) -> ServiceInfo:
         limits = Limits(
-            request_tokens=self._request_tokens, answer_bytes=self._limits.answer_bytes, top_k=self._limits.top_k
+            request_tokens=self._request_tokens, answer_bytes=self.limits.answer_bytes, top_k=self.limits.top_k
         )
         return ServiceInfo(models=tuple(model.info for model in self._models.values()), limits=limits)
 
@@ -147,7 +149,7 @@ class Service:
 
     async def _give_scores(self, request: Any) -> _Answer:
         limit = OVERHEAD_BYTES + request_bytes(self._request_tokens)
-        body = await read_body(request, max_bytes=limit, timeout_s=self._limits.read_timeout_s)
+        body = await read_body(request, max_bytes=limit, timeout_s=self.limits.read_timeout_s)
         asked = decode_request(body, max_tokens=self._request_tokens)
         model = self._find(asked.fields.model, asked.fields.weights)
         self._check(asked, model)
@@ -157,7 +159,7 @@ class Service:
             raise Refused(499, "the client is gone")
         self._metrics.add("scored_tokens", asked.scored, model=model.info.name, need=asked.fields.need)
         self._metrics.add("answer_bytes", len(body))
-        return _Answer(body, self._limits.write_timeout_s)
+        return _Answer(body, self.limits.write_timeout_s)
 
     async def _scores(self, asked: ScoreRequest, model: ServedModel) -> bytes:
         loaded, head = await model.checkpoint.loaded(model.info.name), None
@@ -181,16 +183,16 @@ class Service:
         low, high = self.info.limits.temperature
         if not low <= fields.temperature <= high:
             raise Refused(422, f"temperature {fields.temperature} is outside {low} to {high}")
-        if fields.k is not None and fields.k > self._limits.top_k:
-            raise Refused(422, f"k={fields.k} is more than the {self._limits.top_k} that this service gives")
+        if fields.k is not None and fields.k > self.limits.top_k:
+            raise Refused(422, f"k={fields.k} is more than the {self.limits.top_k} that this service gives")
         for reading in asked.readings:
             if info.context_length is not None and len(reading.ids) > info.context_length:
                 raise Refused(422, f"a view has {len(reading.ids)} tokens, {info.name} reads {info.context_length}")
             if not 0 <= (id_ := _strangest(reading.ids)) < info.vocab_size:
                 raise Refused(422, f"model {info.name} has no token {id_}: its ids end at {info.vocab_size - 1}")
         size = answer_bytes(fields, asked.scored, hidden_size=info.hidden_size, vocab_size=info.vocab_size)
-        if size > self._limits.answer_bytes:
-            raise Refused(413, f"the answer would have {size} bytes, at most {self._limits.answer_bytes} are given")
+        if size > self.limits.answer_bytes:
+            raise Refused(413, f"the answer would have {size} bytes, at most {self.limits.answer_bytes} are given")
 
     async def _score_batch(self, key: Any, views: Sequence[TeacherView]) -> list[dict[str, np.ndarray]]:
         loaded = await self._models[key.model].checkpoint.loaded(key.model)
@@ -213,8 +215,8 @@ class Service:
         end = start + count
         if end > rows:
             raise Refused(422, f"rows {start} to {end} were asked for, the head has {rows}")
-        if count * (width + 1) * head.weight.element_size() > self._limits.answer_bytes:
-            raise Refused(413, f"{count} rows are more than the {self._limits.answer_bytes} bytes given at a time")
+        if count * (width + 1) * head.weight.element_size() > self.limits.answer_bytes:
+            raise Refused(413, f"{count} rows are more than the {self.limits.answer_bytes} bytes given at a time")
         fields = HeadFields(
             model=model.info.name,
             weights=model.info.weights,
@@ -228,9 +230,9 @@ class Service:
             softcap=head.softcap,
         )
         weight = await compute(lambda: raw(head.weight[start:end]))
-        bias = None if head.bias is None else raw(head.bias[start:end])
+        bias = None if head.bias is None else await compute(raw, head.bias[start:end])
         body = await anyio.to_thread.run_sync(encode_head, fields, weight, bias)
-        return _Answer(body, self._limits.write_timeout_s)
+        return _Answer(body, self.limits.write_timeout_s)
 
     def metrics_text(self) -> str:
         """As Prometheus reads it."""

@@ -1,18 +1,17 @@
-"""Where the service listens, and for how long: the socket, uvicorn, and its end."""
+"""Where the service listens: the socket, and what serves on it."""
 
 from __future__ import annotations
 
 import ipaddress
 import socket
-from typing import Any
+from typing import TYPE_CHECKING
 
 from errors import ConfigError
 from models.teacher_service.server import Service
 from models.teacher_service.token import TOKEN_VARIABLE
 
-GRACE_S = 20
-"""On SIGTERM or SIGINT, the batch that is being scored has so long to be answered."""
-_CONNECTIONS = 256
+if TYPE_CHECKING:
+    from models.teacher_service.bounded_server import BoundedServer
 
 
 def listen(host: str, port: int, *, token: str | None) -> socket.socket:
@@ -33,29 +32,10 @@ def listen(host: str, port: int, *, token: str | None) -> socket.socket:
         raise ConfigError(f"host={host} port={port}: cannot listen there ({error}); give another port") from error
 
 
-def make_server(service: Service) -> Any:
-    """A `uvicorn.Server` whose `serve(sockets=[...])` ends at a signal or at `should_exit`. Raises `ConfigError`."""
+def make_server(service: Service) -> BoundedServer:
+    """A `uvicorn.Server` whose `serve(sockets=[...])` ends at `should_exit`. Raises `ConfigError`."""
     try:
-        import uvicorn  # pyright: ignore[reportMissingImports]
+        from models.teacher_service.bounded_server import BoundedServer
     except ImportError as error:
         raise ConfigError("serving teachers needs FastAPI and uvicorn: pip install 'protege[serve]'") from error
-
-    class Server(uvicorn.Server):
-        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            service.queue.close()  # clients that wait are sent away to try again; only what is being scored is finished
-            await super().shutdown(sockets)
-
-    return Server(
-        uvicorn.Config(
-            service.app,  # type: ignore[arg-type]
-            http="h11",
-            ws="none",
-            lifespan="on",
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            limit_concurrency=_CONNECTIONS,
-            timeout_graceful_shutdown=GRACE_S,
-        )
-    )
+    return BoundedServer(service)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import logging
 import re
 import socket
+import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import anyio
 import httpx2
 import numpy as np
 import pytest
@@ -17,12 +23,13 @@ import tiny
 from teacher_services import TOKEN, Running, llama, running, served
 
 from errors import ConfigError, ModelError
-from models.teacher_service import wire
+from models.teacher_service import hosting, wire
 from models.teacher_service.messages import Reading, RequestFields, ScoreRequest, encode_request
 from models.teacher_service.server import ServiceLimits
 from models.teacher_service.serving import listen
 from models.teacher_service.token import TOKEN_VARIABLE, read_token
 from models.teacher_service.wire import MEDIA_TYPE
+from models.types import SignalKind, TeacherView
 
 SECRET_PATH = "/home/somebody/models/secret-teacher"
 
@@ -200,7 +207,7 @@ def test_a_body_that_never_ends_is_given_up(service: Running):
         (request(temperature=1e-3), 422, "outside 0.01 to 100"),
         (request(need="topk", k=21), 422, "more than the 20"),
         (request(np.ones(400), need="full", hidden_dtype="float32"), 413, "would have 51072 bytes"),
-        (request(model="broken", weights="b"), 500, "could not be loaded; the service's log says why"),
+        (request(model="broken", weights="b"), 500, "could not be loaded .ModelError.; the service's log says why"),
     ],
 )
 def test_what_cannot_be_answered_is_refused_with_its_reason(service: Running, content: bytes, status: int, says: str):
@@ -244,6 +251,121 @@ def test_a_failure_says_nothing_of_this_machine():
         assert "its log says why" in refused(post(service, request()), 500)
         del lm.hidden
         assert post(service, request()).status_code == 200, "the service lives on"
+
+
+# --- connections
+
+
+def connect(service: Running) -> socket.socket:
+    host, port = service.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=20)
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """Waits for the other side to close it: nothing else comes."""
+    try:
+        return connection.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def drip(connection: socket.socket, data: bytes) -> int:
+    """Send a byte at a time until the other side has closed; returns how many were sent."""
+    connection.setblocking(False)
+    for i in range(len(data)):
+        try:
+            connection.send(data[i : i + 1])
+            if connection.recv(1) == b"":
+                return i
+        except BlockingIOError:
+            time.sleep(0.02)
+        except OSError:
+            return i
+    return len(data)
+
+
+HEAD = f"GET /health HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n".encode()
+
+
+@pytest.fixture(scope="module")
+def impatient() -> Iterator[Running]:
+    with running(served(llama()), limits=ServiceLimits(head_timeout_s=0.3, connections=4)) as service:
+        yield service
+
+
+def test_a_connection_that_asks_nothing_is_closed(impatient: Running):
+    with connect(impatient) as silent, connect(impatient) as begun:
+        begun.sendall(HEAD)
+        assert is_closed(silent) and is_closed(begun)
+
+
+def test_a_request_that_comes_byte_by_byte_is_cut_off(impatient: Running):
+    """However long it goes on: the time is for the whole of its first lines, also of a connection's second request."""
+    endless = HEAD + b"X-Padding: " + b"x" * 5000
+    with connect(impatient) as first:
+        assert drip(first, endless) < len(endless)
+    with connect(impatient) as second:
+        second.sendall(HEAD + b"\r\n")
+        assert second.recv(1000).startswith(b"HTTP/1.1 200")
+        assert drip(second, endless) < len(endless)
+
+
+def test_an_unread_body_of_a_refused_request_is_cut_off(impatient: Running):
+    with connect(impatient) as connection:
+        connection.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000\r\n\r\n")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 401")
+        assert drip(connection, b"x" * 5000) < 5000
+
+
+def test_a_request_under_way_is_not_cut_off():
+    lm, go_on = llama(), threading.Event()
+    hidden = lm.hidden
+    lm.hidden = lambda sequences: go_on.wait(20) and hidden(sequences)  # type: ignore[method-assign,assignment]
+    with running(served(lm), limits=ServiceLimits(head_timeout_s=0.1)) as service, ThreadPoolExecutor() as threads:
+        answer = threads.submit(post, service, request())
+        time.sleep(0.5)
+        go_on.set()
+        assert answer.result(20).status_code == 200
+
+
+def test_idle_connections_shut_nobody_out_for_long(impatient: Running):
+    with contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(connect(impatient)) for _ in range(8)]
+        with connect(impatient) as one_too_many:
+            assert is_closed(one_too_many), "closed at once"
+        scorer = impatient.scorer()
+        view = TeacherView(np.array([1, 2, 3]), np.array([1, 2]), np.array([0, 1]))
+        (signal,) = anyio.run(scorer.score, [view], SignalKind.SAMPLED)
+        assert signal.logprobs is not None
+        assert all(map(is_closed, idle))
+
+
+# --- models that cannot be loaded
+
+
+def test_a_load_that_failed_is_not_tried_again_for_every_request(monkeypatch: pytest.MonkeyPatch):
+    lm, tried, broken = llama(), Counter[str](), True
+
+    def load() -> Any:
+        tried["a"] += 1
+        time.sleep(0.05)
+        if broken:
+            raise ValueError(f"{SECRET_PATH} holds no weights")
+        return lm
+
+    with running(served(lm, load=load)) as service:
+        with ThreadPoolExecutor(4) as threads:  # some wait for the same attempt
+            answers = [threads.submit(post, service, request()) for _ in range(4)]
+            for answer in answers:
+                says = refused(answer.result(20), 500)
+                assert re.search(r"could not be loaded \(ValueError\); the service's log.*60 s later", says)
+        refused(ask(service, "GET", "/head?model=t"), 500)
+        assert tried["a"] == 1
+        broken = False
+        refused(post(service, request()), 500)
+        monkeypatch.setattr(hosting, "RETRY_S", 0.0)
+        assert post(service, request()).status_code == 200
+        assert tried["a"] == 2
 
 
 def test_nothing_in_the_package_unpickles():

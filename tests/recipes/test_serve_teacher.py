@@ -56,6 +56,7 @@ def config(*argv: str) -> serve_teacher.Config:
         (["model_name=a", "name=../a"], "no name for a model"),
         (["model_name=a", "max_top_k=0"], "max_top_k=0"),
         (["model_name=a", "score_tokens=0"], "score_tokens=0"),
+        (["model_name=a", "grace_s=-1"], "grace_s=-1"),
         (["model_name=a", "token=abc"], "unknown option token"),
         (["model_name=a", "dtype=int8"], "dtype=int8"),
     ],
