@@ -42,10 +42,12 @@ class Config(TrainConfig):
     def _trains(self) -> None:
         if self.num_substeps != 1:
             raise ConfigError(f"num_substeps={self.num_substeps}: a replay makes one update of each saved step")
-        if self.lmbda != 1:
-            raise ConfigError(f"lmbda={self.lmbda}: a replay trains on what is saved, and draws nothing")
         if self.rollouts_only:
             raise ConfigError("rollouts_only=True: a replay has no rollouts, and does nothing but train")
+
+    def _check_lmbda(self) -> None:
+        if self.lmbda != 1:
+            raise ConfigError(f"lmbda={self.lmbda}: a replay trains on what is saved, and draws nothing")
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,16 @@ def check(config: Config) -> Checked:
     found = [replace(episode, teacher=config.teacher_name) for episode in read_saved_episodes(config.saved)]
     if not found:
         raise DataError(f"{config.saved}: has no episodes")
-    if config.objective == "reverse_kl" and any(isinstance(episode, GivenEpisode) for episode in found):
+    given = [isinstance(episode, GivenEpisode) for episode in found]
+    if config.objective == "reverse_kl" and any(given):
         raise DataError(
             f"{config.saved}: has given answers, on which objective=reverse_kl has no meaning. "
             "Use objective=jsd or objective=topk_forward_kl"
+        )
+    if config.objective == "kd" and not all(given):
+        raise DataError(
+            f"{config.saved}: has episodes that a student sampled, and objective=kd learns from given answers. "
+            "Use objective=jsd, or replay a run with lmbda=0"
         )
     models = setup.check_models(config)
     _check_ids(config, models)

@@ -26,7 +26,7 @@ from models.blending import exchanged_columns
 from models.causal_lm import CausalLM
 from models.types import Head, Signal, SignalKind, SignalSpec, TeacherTopK
 from models.weights import LMWeights
-from training.objectives import RATIO_METRICS, Objective, TokenBatch, token_logprobs
+from training.objectives import RATIO_METRICS, UNSCORED, Advantages, Objective, TokenBatch, token_logprobs
 from training.packing import PackedBatch, TrainingItem, pack, token_weights
 from training.weight_average import WeightAverage
 from training.weight_gradients import accumulated_in_place
@@ -181,7 +181,7 @@ class Learner:
             logits = self._logits(cut[span])
             tokens = self._token_batch(batch, span, objective.need, logits.shape[1], logits.device)
             if ahead is not None:
-                tokens = replace(tokens, advantages=ahead[span], spans=None if spans is None else spans[span])
+                tokens = replace(tokens, advantages=ahead.values[span], spans=None if spans is None else spans[span])
             if tokens.teacher_logits is not None:
                 logits = logits[:, : tokens.teacher_logits.shape[1]]  # ids that only the student has
             out = objective.loss(logits, tokens)
@@ -192,7 +192,8 @@ class Learner:
             del logits, tokens, out  # before the next chunk's logits are made
         if train and hidden.requires_grad:
             hidden.backward(torch.zeros_like(hidden).index_put_((rows,), cut.grad.to(hidden.dtype)))  # type: ignore[union-attr]
-        return {name: torch.cat(values) for name, values in pieces.items()}
+        joined = {name: torch.cat(values) for name, values in pieces.items()}
+        return joined if ahead is None else joined | ahead.metrics
 
     def _logits(self, hidden: Float[Tensor, "n h"]) -> Float[Tensor, "n v"]:
         logits = self.lm.logits(hidden)
@@ -201,7 +202,7 @@ class Learner:
     @torch.no_grad()
     def _advantages(
         self, cut: Tensor, batch: PackedBatch, objective: Objective, spans: Int[Tensor, " n"] | None
-    ) -> Float[Tensor, " n"]:
+    ) -> Advantages:
         """A first pass over the head, for objectives whose advantage looks at other tokens."""
         logprobs = []
         for span in self._chunks(batch, SignalKind.SAMPLED):
@@ -329,6 +330,8 @@ def _per_item(batch: PackedBatch, metrics: dict[str, Float[Tensor, " n"]]) -> li
     found = []
     for k, (item, count) in enumerate(zip(batch.items, batch.counts, strict=True)):
         known = np.isfinite(item.episode.sampler_logprobs).any()  # not of given answers
-        names = [name for name in split if known or name not in RATIO_METRICS]
+        by_spans = item.signal is not None and item.signal.spans is not None  # others of its pack may be
+        left_out = (frozenset() if known else RATIO_METRICS) | (frozenset() if by_spans else {UNSCORED})
+        names = [name for name in split if name not in left_out]
         found.append(ItemMetrics(count, {name: split[name][k].numpy() for name in names}))
     return found

@@ -42,6 +42,12 @@ class LossOutput:
     metrics: dict[str, Float[Tensor, " n"]]  # detached, per token; the learner takes sum/sum means
 
 
+@dataclass(frozen=True)
+class Advantages:
+    values: Float[Tensor, " n"]
+    metrics: dict[str, Float[Tensor, " n"]]  # per token, beside those of the loss
+
+
 class Objective(Protocol):
     @property
     def need(self) -> SignalSpec: ...
@@ -53,9 +59,7 @@ class Objective(Protocol):
 
     def loss(self, logits: Float[Tensor, "n v"], batch: TokenBatch) -> LossOutput: ...
 
-    def advantages(
-        self, logprobs: Float[Tensor, " n"], batch: TokenBatch, lengths: Sequence[int]
-    ) -> Float[Tensor, " n"]: ...
+    def advantages(self, logprobs: Float[Tensor, " n"], batch: TokenBatch, lengths: Sequence[int]) -> Advantages: ...
 
 
 class _ChosenLogprobs(torch.autograd.Function):
@@ -161,13 +165,14 @@ class ReverseKL:
 
     def advantages(self, logprobs, batch, lengths):
         own = self._token_advantages(logprobs, batch)
+        metrics = self._clip_metrics(own)
         if batch.spans is None:
-            return discounted_sums(own, lengths, self.discount)
+            return Advantages(discounted_sums(own, lengths, self.discount), metrics)
         # A span's advantage is that of each of its tokens, and stands once, at its first, for those before it.
         later = (batch.spans >= 0) & (batch.spans == batch.spans.roll(1))
         later[0] = False
         ahead = discounted_sums(own.masked_fill(later, 0.0), lengths, self.discount)
-        return ahead + own.masked_fill(~later, 0.0)
+        return Advantages(ahead + own.masked_fill(~later, 0.0), metrics)
 
     def _token_advantages(self, logprobs: Float[Tensor, " n"], batch: TokenBatch) -> Float[Tensor, " n"]:
         assert batch.teacher_logprobs is not None
@@ -178,12 +183,16 @@ class ReverseKL:
             advantages = advantages.clamp(-self.advantage_clip, self.advantage_clip)
         return advantages
 
+    def _clip_metrics(self, own: Float[Tensor, " n"]) -> dict[str, Float[Tensor, " n"]]:
+        return {} if self.advantage_clip is None else {"advantage_clipped": (own.abs() >= self.advantage_clip).float()}
+
     def loss(self, logits, batch):
         assert batch.teacher_logprobs is not None
         logprobs = token_logprobs(logits, batch.ids)
-        own = self._token_advantages(logprobs, batch) if batch.spans is None else None  # a chunk may cut a span
-        advantages = own if batch.advantages is None else batch.advantages
-        assert advantages is not None
+        advantages, clipped = batch.advantages, {}
+        if advantages is None:
+            advantages = self._token_advantages(logprobs, batch)
+            clipped = self._clip_metrics(advantages)
         log_ratio = logprobs - batch.sampler_logprobs
         # Truncated before the exponential: a runaway ratio must not overflow on its way to the cap.
         ratio = log_ratio.clamp(-20.0, min(20.0, math.log(self.is_cap))).exp()
@@ -199,14 +208,15 @@ class ReverseKL:
             "kl": live - batch.teacher_logprobs,
             "teacher_logprob": batch.teacher_logprobs,
             **ratio_metrics(live, batch.sampler_logprobs, self.is_cap),
+            **clipped,
         }
         if batch.spans is not None:
-            metrics["unscored"] = (batch.spans < 0).to(live.dtype)
-        if self.advantage_clip is not None and own is not None:
-            metrics["advantage_clipped"] = (own.abs() >= self.advantage_clip).float()
+            metrics[UNSCORED] = (batch.spans < 0).to(live.dtype)
         return LossOutput(loss, metrics)
 
 
+UNSCORED = "unscored"
+"""A metric of episodes whose teacher scores spans, and of no others."""
 RATIO_METRICS = frozenset({"ratio", "ratio_truncated", "mismatch_kl", "sampler_gap"})
 """Of these there are none for tokens whose sampler nobody knows."""
 

@@ -113,7 +113,7 @@ def test_r1_advantage_is_the_teachers_logprob_minus_the_students():
     own = torch.tensor([-0.5, -0.7])
     batch = TokenBatch(torch.tensor([0, 0]), own, teacher_logprobs=torch.tensor([-0.1, -0.3]))
     objective = ReverseKL()
-    advantages = objective.advantages(token_logprobs(logits, batch.ids), batch, [2])
+    advantages = objective.advantages(token_logprobs(logits, batch.ids), batch, [2]).values
     torch.testing.assert_close(advantages, torch.tensor([0.4, 0.4]))
     torch.testing.assert_close(objective.loss(logits, batch).loss, torch.tensor([-0.4, -0.4]))  # pi = mu: ratio 1
     torch.testing.assert_close(ReverseKL(coef=0.5).loss(logits, batch).loss, torch.tensor([-0.2, -0.2]))
@@ -209,7 +209,7 @@ def test_advantage_clip_bounds_each_token_before_the_discounted_sum_and_is_count
     batch = TokenBatch(ids, own, own + torch.tensor([3.0, -3.0, 0.5, -0.25]).double())
     objective = ReverseKL(advantage_clip=1.0, discount=0.5)
     torch.testing.assert_close(
-        objective.advantages(own, batch, [4]),
+        objective.advantages(own, batch, [4]).values,
         torch.tensor([1 - 0.5 + 0.125 - 0.03125, -1 + 0.25 - 0.0625, 0.5 - 0.125, -0.25]).double(),
     )
     out = ReverseKL(advantage_clip=1.0).loss(logits, batch)
@@ -277,7 +277,7 @@ def test_reverse_kl_equals_the_reference(options):
     objective = ReverseKL(**options)
     assert objective.need is SignalKind.SAMPLED and objective.looks_ahead == bool(options.get("discount"))
     if objective.looks_ahead:
-        ahead = objective.advantages(token_logprobs(logits, batch.ids), batch, LENGTHS)
+        ahead = objective.advantages(token_logprobs(logits, batch.ids), batch, LENGTHS).values
         batch = TokenBatch(batch.ids, batch.sampler_logprobs, batch.teacher_logprobs, advantages=ahead)
     bounds = {"low": 0.0, "high": 4.0} if options.get("variant") == "cispo" else {}
 

@@ -14,8 +14,9 @@ from episodes import random_episode, sampled_item
 from test_learner import VOCAB, assert_same, learner_gradients, make_model, plain_gradients, sampled_ids
 from torch import Tensor
 
+from models.causal_lm import CausalLM
 from models.types import Signal, Spans
-from training.learner import ItemMetrics
+from training.learner import ItemMetrics, Learner
 from training.loop import add_episode
 from training.metrics import SumMetrics
 from training.objectives import ReverseKL, TokenBatch, token_logprobs
@@ -127,8 +128,8 @@ def test_spans_of_one_token_are_no_spans_to_the_bit(model: Any, options: dict[st
     ours, metrics = learner_gradients(model, by_spans, ReverseKL(**options))
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
     for a, b in zip(metrics, expected_metrics, strict=True):
-        assert all(np.array_equal(a.values[name], b.values[name]) for name in b.values if name != "advantage_clipped")
-        assert not a.values["unscored"].any()
+        assert all(np.array_equal(a.values[name], b.values[name]) for name in b.values)
+        assert a.values.keys() - b.values.keys() == {"unscored"} and not a.values["unscored"].any()
 
 
 def test_episodes_of_both_kinds_may_share_a_pack(model: Any):
@@ -144,6 +145,23 @@ def test_episodes_of_both_kinds_may_share_a_pack(model: Any):
         assert_same(ours, expected)
 
 
+@pytest.mark.parametrize("options", [{"advantage_clip": 0.4}, {"advantage_clip": 0.4, "discount": 0.5}], ids=str)
+def test_what_is_measured_does_not_depend_on_who_shares_a_pack(model: Any, options: dict[str, Any]):
+    generator = np.random.default_rng(6)
+    episode = random_episode(generator, VOCAB, turns=2)
+    by_ids = sampled_item(episode, torch.from_numpy(generator.uniform(-5, -0.5, episode.num_sampled)))
+    items = [make_items(model)[2], by_ids]
+    learner = Learner(CausalLM(model), token_budget=4096)
+    together = learner.measure(items, ReverseKL(**options))
+    for measured, item in zip(together, items, strict=True):
+        (alone,) = learner.measure([item], ReverseKL(**options))
+        assert measured.values.keys() == alone.values.keys()
+        for name, values in alone.values.items():
+            np.testing.assert_allclose(measured.values[name], values, atol=1e-6, err_msg=name)
+        assert 0 < alone.values["advantage_clipped"].mean() < 1
+    assert "unscored" in together[0].values and "unscored" not in together[1].values
+
+
 def test_tokens_in_no_span_have_no_gradient_no_kl_and_are_counted():
     logits = torch.randn(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     ids = torch.tensor([1, 2, 3, 4, 5])
@@ -151,7 +169,7 @@ def test_tokens_in_no_span_have_no_gradient_no_kl_and_are_counted():
     spans = torch.tensor([0, 0, 1, -1, -1])
     share = torch.tensor([-1.0, -1.0, -3.0, math.nan, math.nan], dtype=torch.float64)
     batch = TokenBatch(ids, own, share, spans=spans)
-    advantages = ReverseKL().advantages(own, batch, [5])
+    advantages = ReverseKL().advantages(own, batch, [5]).values
     out = ReverseKL().loss(logits, TokenBatch(ids, own, share, advantages=advantages, spans=spans))
     out.loss.sum().backward()
     assert logits.grad is not None and logits.grad[:3].abs().sum(-1).min() > 0 and not logits.grad[3:].any()
@@ -211,7 +229,7 @@ def test_the_expected_gradient_is_that_of_the_kl_of_pairs(discount: float):
             torch.tensor([teacher[0] / 2] * 2 + [teacher[1] / 2] * 2, dtype=torch.float64),
             spans=torch.tensor([0, 0, 1, 1]),
         )  # fmt: skip
-        advantages = ReverseKL(discount=discount).advantages(live.detach(), batch, [4])
+        advantages = ReverseKL(discount=discount).advantages(live.detach(), batch, [4]).values
         estimate = estimate - probability.detach() * (advantages * live).sum()
         if discount:
             exact = exact + probability * (live.sum() - sum(teacher))
