@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from errors import ModelError
 from models import attention
 from models.attention import Layout, Packed
+from models.sources import context_length
 
 logger = logging.getLogger(__name__)
 # Largest KL, in nats, between our paths and the plain forward that is rounding and not a bug. Not a difference
@@ -117,6 +118,11 @@ class CausalLM:
     @property
     def vocab_size(self) -> int:
         return self.model.get_output_embeddings().weight.shape[0]  # type: ignore[union-attr]
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens of the longest sequence that it was made to read; None: its config names no such number."""
+        return context_length(self.model.config)
 
     @property
     def trunk(self) -> torch.nn.Module:

@@ -186,6 +186,11 @@ def _read_json(path: Path) -> dict:
         raise ModelError(f"cannot read {path}: {cause(error)}") from error
 
 
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Tokens of the longest sequence that such a model was made to read; None: its config names no such number."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def read_config(name: str) -> PreTrainedConfig:
     where, gguf = where_from(name)
     with explained("configuration", name):

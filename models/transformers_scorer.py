@@ -35,8 +35,12 @@ class TransformersScorer:
 
     async def score(self, views: Sequence[TeacherView], need: SignalSpec) -> list[Signal]:
         """One signal per view, in order. Raises `TeacherError`."""
+        return await compute(self.score_now, views, need)
+
+    def score_now(self, views: Sequence[TeacherView], need: SignalSpec) -> list[Signal]:
+        """The same, for callers on the device's thread."""
         try:
-            return await compute(self._score, views, need)
+            return self._score(views, need)
         except (RuntimeError, IndexError, ValueError) as error:
             raise TeacherError(f"teacher {self.name} could not score: {error}") from error
 
@@ -47,9 +51,15 @@ class TransformersScorer:
     @torch.no_grad()
     def _score(self, views: Sequence[TeacherView], need: SignalSpec) -> list[Signal]:
         signals: list[Signal] = []
+        longest = self._lm.context_length
         for view in views:
             if int(view.token_ids.max()) >= self._lm.vocab_size:
                 raise TeacherError(f"teacher {self.name} has no token {view.token_ids.max()}, the student does")
+            size = len(view.token_ids)
+            if longest is not None and size > longest:  # most models would read on, and not know what
+                raise TeacherError(
+                    f"teacher {self.name} reads {size} tokens of an episode, and its context is {longest}"
+                )
         for pack in self._packs(views):
             hidden = self._lm.hidden([torch.from_numpy(view.token_ids).long() for view in pack])  # [T, h]
             offset = 0

@@ -26,6 +26,7 @@ from models.teacher_view import ViewMaker
 from recipes import setup
 from recipes.cli import run_cli
 from recipes.config import check_objective_options
+from recipes.memory import memory_lines
 from recipes.student_config import StudentConfig, check_at_least
 from recipes.training_run import TrainingRun, train
 from training.capture import Capture, CapturedScorer, CaptureHeader
@@ -110,7 +111,7 @@ def main(config: Config) -> None:
         print(f"{config.capture_path}: {len(checked.capture.examples)} examples of {checked.capture.header.teacher}")
         print(f"objective: {checked.objective}")
         print(f"{config.loop(_steps(config, checked)).max_steps} steps of {config.groups_per_batch} examples")
-        print("\n".join(setup.memory_lines(config, checked.models)))
+        print("\n".join(memory_lines(config, checked.models)))
         print("dry run: no weights were loaded, no run was started")
         return
     train(config, training_run(config, checked))

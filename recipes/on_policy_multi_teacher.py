@@ -52,6 +52,11 @@ class Config(OnPolicyConfig):
     datasets: tuple[DatasetOptions, ...] = chz.field(default=(), doc="the mixture")
     teachers: tuple[TeacherOptions, ...] = chz.field(default=(), doc="those that rows name under `route_key`")
     route_key: str = chz.field(default="teacher", doc="the key of a row that names its teacher")
+    teachers_in_memory: int | None = chz.field(
+        default=None,
+        doc="at most this many teachers' models at a time: each is read from disk when it is its turn to score, once a "
+        "step or less; default: all stay",
+    )
     deepmath_groups_per_batch: int | None = chz.field(
         default=None, doc="short for datasets.0.groups_per_batch of the mixture that is taken without `datasets`"
     )
@@ -61,6 +66,7 @@ class Config(OnPolicyConfig):
 
     @chz.validate
     def _mixture(self) -> None:
+        check_at_least(self, {"teachers_in_memory": 1})
         if not self.datasets:
             raise ConfigError("there is no dataset: give datasets.0.dataset=")
         for i, data in enumerate(self.datasets):
@@ -105,6 +111,9 @@ class Config(OnPolicyConfig):
 
     def teacher_specs(self) -> Sequence[TeacherSpec]:
         return distinct([*self._listed, *filter(None, self._own)])
+
+    def teachers_at_a_time(self) -> int | None:
+        return self.teachers_in_memory
 
     def blends(self) -> Mapping[str, Mapping[str, float]]:
         return blends.blends(self.teachers)

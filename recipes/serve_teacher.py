@@ -29,7 +29,7 @@ from models.causal_lm import CausalLM
 from models.checks import default_device
 from models.cpu_matmul import use_fast_exact_matmul
 from models.loading import load_config, load_model, load_tokenizer
-from models.sources import ModelSource
+from models.sources import ModelSource, context_length
 from models.teacher_service.hosting import Checkpoint, ServedModel
 from models.teacher_service.messages import ModelInfo
 from models.teacher_service.server import Service, ServiceLimits
@@ -167,7 +167,8 @@ def served_models(config: Config) -> list[ServedModel]:
     made = []
     for options in config.all_models():
         source = ModelSource(embedded.resolve(options.model_name), options.checkpoint)
-        text = load_config(source).get_text_config()
+        model_config = load_config(source)
+        text = model_config.get_text_config()
         weights = weights_fingerprint(source)
         if weights not in checkpoints:
             checkpoints[weights] = _checkpoint(config, source, weights, device)
@@ -176,7 +177,7 @@ def served_models(config: Config) -> list[ServedModel]:
             weights=weights,
             tokenizer=tokenizer_fingerprint(load_tokenizer(source)),
             vocab_size=text.vocab_size,
-            context_length=getattr(text, "max_position_embeddings", None),
+            context_length=context_length(model_config),
             hidden_size=text.hidden_size,
             dtype=str(config.compute_dtype(device)).removeprefix("torch."),
             source=None if Path(source.name).expanduser().exists() else source.name,

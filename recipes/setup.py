@@ -9,7 +9,9 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import anyio
 import torch
@@ -18,14 +20,15 @@ from transformers import PreTrainedModel
 from envs.datasets import Dataset, Row
 from envs.prompt_only import PromptOnlyGroupBuilder
 from envs.rendering import Renderer
-from errors import ConfigError, DataError
+from errors import ConfigError, DataError, ModelError
 from models import attention
 from models.adapters import adapter_bytes, add_lora, attach_adapter
 from models.causal_lm import CausalLM
 from models.checks import default_device
 from models.cpu_matmul import use_fast_exact_matmul
-from models.loading import estimate_memory, load_config, load_model
-from models.sources import ModelSource, check_source
+from models.loading import load_config, load_model
+from models.on_demand import OnDemandScorer, Shelf
+from models.sources import ModelSource, check_source, context_length
 from models.transformers_scorer import TransformersScorer
 from models.types import Sampler, Scorer
 from models.vllm.preflight import ServerFacts, check_servers
@@ -57,6 +60,15 @@ class CheckedModels:
     shared_weights: str | None  # a LoRA student's base: a teacher of these weights is not loaded again
     blends: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # by name, the members' weights
     servers: tuple[ServerFacts, ...] = ()  # that sample the student
+    teachers_at_a_time: int | None = None  # of those with weights of their own; None: all
+
+    @property
+    def on_demand(self) -> frozenset[str]:
+        """The bases that are not always in memory, because there are too many of them."""
+        bases = by_base(self.teachers)
+        own = [b for b, groups in bases.items() if b != self.shared_weights and groups[0][0].ema_decay is None]
+        few = self.teachers_at_a_time is None or len(own) <= self.teachers_at_a_time
+        return frozenset() if few else frozenset(own)
 
     def readers(self, name: str) -> list[CheckedTeacher]:
         """The teacher of that name, or those of the blend."""
@@ -110,6 +122,7 @@ def check_models(config: StudentConfig, *, tools: bool = False) -> CheckedModels
         shared_weights=weights_fingerprint(student) if config.lora_rank and teachers else None,
         blends=blends,
         servers=servers,
+        teachers_at_a_time=config.teachers_at_a_time(),
     )
 
 
@@ -141,7 +154,7 @@ def _context(
 ) -> tuple[int | None, str]:
     """The longest sequence that all of them read, and what sets it."""
     sources = [student, *(teacher.source for teacher in teachers.values() if teacher.served is None)]
-    lengths = [getattr(load_config(s).get_text_config(), "max_position_embeddings", None) for s in sources]
+    lengths = [context_length(load_config(source)) for source in sources]
     lengths += [server.max_model_len for server in servers]
     lengths += [config.sampler.max_model_len] if isinstance(config.sampler, VLLMConfig) else []
     limits = [(length, f"the models' context is {length} tokens") for length in lengths if length]
@@ -219,56 +232,7 @@ def check_prompt_lengths(
     return kept
 
 
-def memory_lines(config: StudentConfig, models: CheckedModels) -> list[str]:
-    """What the run will hold, from shapes alone."""
-    weights_dtype = models.compute_dtype if config.lora_rank else torch.float32
-    student = estimate_memory(load_config(models.student), dtype=weights_dtype, lora_rank=config.lora_rank)
-    lines = [f"student {name}: {_gib(size)}" for name, size in student.items() if name != "total"]
-    total = student["total"]
-    for base, groups in by_base(models.teachers).items():
-        where = "the student's base weights" if base == models.shared_weights else None
-        if where is None and len(groups) > 1:
-            size = estimate_memory(load_config(groups[0][0].base_source), dtype=models.compute_dtype, trained=False)
-            lines.append(f"base of {len(groups)} teachers: {_gib(size['total'])}")
-            total += size["total"]
-            where = "that base"
-        for teacher, *others in groups:
-            title = "teacher" if len(models.teachers) == 1 else f"teacher {teacher.name}"
-            size, line = _teacher_memory(config, models, teacher, where, student)
-            lines.append(f"{title}{line}")
-            total += size
-            lines += [f"teacher {other.name}: shares the weights of {teacher.name}" for other in others]
-    lines += samplers.memory_lines(config, models.device, models.compute_dtype)
-    remote = [teacher for teacher in models.teachers.values() if teacher.served is not None]
-    lines += [f"teacher {teacher.name}: {teacher.served.line}" for teacher in remote if teacher.served is not None]
-    lines.append(f"in all: {_gib(total)}, and activations of {config.token_budget(models.device)} tokens at a time")
-    return lines
-
-
-def _teacher_memory(
-    config: StudentConfig,
-    models: CheckedModels,
-    teacher: CheckedTeacher,
-    where: str | None,
-    student: Mapping[str, float],
-) -> tuple[float, str]:
-    """What a teacher adds, in bytes and in words; `where` names the base that it shares, if it shares one."""
-    if teacher.ema_decay is not None and config.lora_rank:
-        size = student["gradients"]  # of what is trained: the adapter
-        return size, f": a second adapter on the student's base weights, {_gib(size)}"
-    if teacher.ema_decay is not None:
-        size = student["parameters"]
-        return size, f": a copy of the student's weights, {_gib(size)}"
-    if where is None:
-        size = estimate_memory(load_config(teacher.source), dtype=models.compute_dtype, trained=False)["total"]
-        return size, f" parameters: {_gib(size)}"
-    if teacher.adapter_bytes is None:
-        return 0, f": shares {where}"
-    return teacher.adapter_bytes, f": an adapter on {where}, {_gib(teacher.adapter_bytes)}"
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"
+Lender = Callable[[], CausalLM]
 
 
 @dataclass
@@ -278,8 +242,13 @@ class Engines:
     learner: Learner
     sampler: Sampler
     teachers: dict[str, Teacher]
-    teacher_lms: dict[str, CausalLM]  # by the same names; of those that are loaded here
+    teacher_lms: dict[str, CausalLM]  # by the same names; of those that are in memory throughout
+    lenders: Mapping[str, Lender]  # and of those that are loaded on demand
     exact: bool  # whether every teacher gives whole distributions
+
+    def teacher_lm(self, name: str) -> CausalLM:
+        """Of a teacher whose weights are loaded here, now if need be. For the device's thread."""
+        return self.lenders[name]() if name in self.lenders else self.teacher_lms[name]
 
 
 def build_engines(
@@ -289,19 +258,38 @@ def build_engines(
     student = _trained_student(config, models, resume_from)
     average: WeightAverage | None = None
     lms: dict[str, CausalLM] = {}
+    lenders: dict[str, Lender] = {}
+    shelf = Shelf(models.teachers_at_a_time or len(models.teachers))
     for base, groups in by_base(models.teachers).items():
         firsts = [same[0] for same in groups]
+        if base in models.on_demand:
+            load = partial(_load_base, config, models, firsts)
+            for i, same in enumerate(groups):
+                lenders |= dict.fromkeys([teacher.name for teacher in same], partial(_lent, shelf, base, load, i))
+            continue
         if firsts[0].ema_decay is not None:
             lm, average = average_of(student, firsts[0].ema_decay)
             found = [lm]
         elif base == models.shared_weights:
             found = _on_one_base(student, firsts)
-        elif len(firsts) == 1:
-            found = [load_teacher(config, models, firsts[0].source)]
         else:
-            found = _on_one_base(load_teacher(config, models, firsts[0].base_source), firsts)
+            found = _load_base(config, models, firsts)
         lms |= {teacher.name: lm for lm, same in zip(found, groups, strict=True) for teacher in same}
-    return assemble(config, models, student, lms, average, folder)
+    return assemble(config, models, student, lms, average, folder, lenders)
+
+
+def _load_base(config: StudentConfig, models: CheckedModels, teachers: Sequence[CheckedTeacher]) -> Sequence[CausalLM]:
+    """Raises `ModelError`, also for files that are no longer what was checked."""
+    for teacher in teachers:
+        if weights_fingerprint(teacher.source) != teacher.weights:
+            raise ModelError("its files have changed since the run began")
+    if len(teachers) == 1:
+        return [load_teacher(config, models, teachers[0].source)]
+    return _on_one_base(load_teacher(config, models, teachers[0].base_source), teachers)
+
+
+def _lent(shelf: Shelf, base: str, load: Callable[[], Sequence[CausalLM]], place: int) -> CausalLM:
+    return shelf.lend(base, load)[place]
 
 
 def _on_one_base(host: CausalLM, teachers: Sequence[CheckedTeacher]) -> list[CausalLM]:
@@ -321,12 +309,13 @@ def assemble(
     teacher_lms: Mapping[str, CausalLM],
     average: WeightAverage | None = None,
     folder: Path | None = None,
+    lenders: Mapping[str, Lender] | None = None,
 ) -> Engines:
-    temperature = config.comparison_temperature()
+    lenders = lenders or {}
     learner = Learner(
         student,
         optimizer=config.optimizer(),
-        temperature=temperature,
+        temperature=config.comparison_temperature(),
         token_budget=config.token_budget(models.device),
         reduction=config.loss_reduction,
         average=average,
@@ -337,22 +326,25 @@ def assemble(
     teachers: dict[str, Teacher] = {}
     for same in by_weights(models.teachers).values():
         name = " = ".join(teacher.name for teacher in same)
+        lender = lenders.get(same[0].name)
         if same[0].served is not None:
             scorer = same[0].served.make_scorer(name)
+        elif lender is not None:
+            scorer = OnDemandScorer(name, lender, **_scorer_options(config, models))
         else:
             scorer = local_scorer(config, models, name, teacher_lms[same[0].name])
-        teachers |= {teacher.name: Teacher(scorer, teacher.views) for teacher in same}
+        teachers |= {teacher.name: Teacher(scorer, teacher.views, waits=lender is not None) for teacher in same}
     exact = all(teacher.exact for teacher in models.teachers.values())
-    return Engines(learner, sampler, teachers, dict(teacher_lms), exact)
+    return Engines(learner, sampler, teachers, dict(teacher_lms), lenders, exact)
 
 
 def local_scorer(config: StudentConfig, models: CheckedModels, name: str, lm: CausalLM) -> Scorer:
-    return TransformersScorer(
-        name,
-        lm,
-        temperature=config.comparison_temperature(),
-        token_budget=4 * config.token_budget(models.device),  # nothing is kept for a backward pass
-    )
+    return TransformersScorer(name, lm, **_scorer_options(config, models))
+
+
+def _scorer_options(config: StudentConfig, models: CheckedModels) -> dict[str, Any]:
+    budget = 4 * config.token_budget(models.device)  # nothing is kept for a backward pass
+    return {"temperature": config.comparison_temperature(), "token_budget": budget}
 
 
 def load_lm(config: StudentConfig, models: CheckedModels, source: ModelSource, dtype: torch.dtype) -> CausalLM:

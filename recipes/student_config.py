@@ -148,6 +148,10 @@ class StudentConfig:
         """Teachers that judge together: by the blend's name, its members' weights, which sum to 1."""
         return {}
 
+    def teachers_at_a_time(self) -> int | None:
+        """How many of the teachers' models are in memory together; None: all."""
+        return None
+
     def signal_need(self) -> SignalSpec:
         """What every teacher must give."""
         return SignalKind.NONE

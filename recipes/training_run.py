@@ -13,12 +13,14 @@ from rich.console import Console
 from rich.text import Text
 
 from models.checks import probe_scorer, probe_view
-from models.device_thread import compute_blocking
+from models.device_thread import compute, compute_blocking
 from models.transformers_sampler import TransformersSampler
 from recipes import setup
 from recipes.blends import with_blends
 from recipes.config import OnPolicyConfig
+from recipes.memory import memory_lines
 from recipes.student_config import StudentConfig
+from recipes.teachers import CheckedTeacher
 from training.collect import Teacher
 from training.evaluation import EvalSet, evaluate
 from training.loop import DatasetPlan, Loop, is_of_a_teacher
@@ -71,7 +73,7 @@ def _resume_folder(run_dir: RunDir) -> Path | None:
 
 async def _train(config: StudentConfig, run: TrainingRun, parts: setup.Engines, run_dir: RunDir) -> None:
     for name, teacher in parts.teachers.items():
-        if name in parts.teacher_lms:  # those of servers were probed before anything was loaded
+        if run.models.teachers[name].served is None:  # those of servers were probed before anything was loaded
             await probe_scorer(teacher.scorer, probe_view(teacher.views))
     loop_config = config.loop(run.steps_per_epoch)
     with Progress(loop_config.max_steps, str(run_dir.path)) as progress:
@@ -115,25 +117,35 @@ async def _evaluate_teachers(config: OnPolicyConfig, run: TrainingRun, parts: se
     """Each teacher's own accuracy, or reward, on its held-out rows: what is within the student's reach."""
     several = sum(len(sets) for sets in run.teacher_sets.values()) > 1
     for name, sets in run.teacher_sets.items():
-        if name not in parts.teacher_lms:
+        if run.models.teachers[name].served is not None:
             continue  # nobody can sample from it here
-        renderer = run.models.teachers[name].renderer
-        async with TransformersSampler(
-            parts.teacher_lms[name], renderer.tokenizer, slots=config.sampler_slots
-        ) as sampler:
-            for rows in sets:
-                found = await evaluate(
+        for rows, found in await _evaluate_teacher(config, run.models.teachers[name], parts, sets):
+            scope = f"eval/{rows.name}/{name}/teacher_" if several else "eval/teacher_"
+            row = {key.replace("eval/", scope, 1): value for key, value in found.items()}
+            if row:  # rows without an expected answer leave nothing to measure
+                loop.run_dir.append_metrics({"step": loop.step, **row})
+
+
+async def _evaluate_teacher(
+    config: OnPolicyConfig, teacher: CheckedTeacher, parts: setup.Engines, sets: Sequence[EvalSet]
+) -> list[tuple[EvalSet, dict[str, float]]]:
+    """A function of its own, so that nothing holds the model when the next one is loaded."""
+    lm = await compute(parts.teacher_lm, teacher.name)
+    async with TransformersSampler(lm, teacher.renderer.tokenizer, slots=config.sampler_slots) as sampler:
+        return [
+            (
+                rows,
+                await evaluate(
                     rows,
                     sampler,
-                    renderer,
+                    teacher.renderer,
                     temperature=config.temperature,
                     samples=config.eval_samples if rows.rewarded else 0,
                     seed=config.seed,
-                )
-                scope = f"eval/{rows.name}/{name}/teacher_" if several else "eval/teacher_"
-                row = {key.replace("eval/", scope, 1): value for key, value in found.items()}
-                if row:  # rows without an expected answer leave nothing to measure
-                    loop.run_dir.append_metrics({"step": loop.step, **row})
+                ),
+            )
+            for rows in sets
+        ]
 
 
 def _has_evaluated_teachers(run_dir: RunDir) -> bool:
@@ -170,7 +182,7 @@ def print_dry_run(
         *(Text(f"  {line}") for checked in run.models.teachers.values() for line in checked.report.lines()),
         *([Text(f"  {teacher}")] if teacher else []),
         Text("memory", "bold"),
-        *(Text(f"  {line}") for line in setup.memory_lines(config, run.models)),
+        *(Text(f"  {line}") for line in memory_lines(config, run.models)),
         Text("dry run: no weights were loaded, no run was started", "bold"),
     ]
     for line in lines:

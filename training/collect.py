@@ -34,6 +34,7 @@ class Teacher:
 
     scorer: Scorer
     views: ViewMaker
+    waits: bool = False  # asked once, when all episodes have ended: its weights may have to be loaded
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class _Scoring:
                 else:
                     self._failed[id(episode)] = UNALIGNED
                     self.causes[UNALIGNED] = f"{episode.row_id}: student and teacher have no span of its text in common"
-            if sum(len(question.view.token_ids) for question in pending) >= SCORE_TOKENS:
+            if not teacher.waits and sum(len(question.view.token_ids) for question in pending) >= SCORE_TOKENS:
                 tasks.start_soon(self._score, teacher.scorer, self._pending.pop(key))
 
     def flush(self, tasks: Any) -> None:

@@ -426,3 +426,16 @@ async def test_a_teacher_that_is_not_finite_is_an_error():
     for need in (SignalKind.SAMPLED, SignalKind.FULL):
         with pytest.raises(TeacherError, match="not finite"):
             await TransformersScorer("t", lm).score([view], need)
+
+
+@pytest.mark.anyio
+async def test_a_view_longer_than_the_teacher_s_context_is_an_error():
+    lm = CausalLM.verified(tiny.model())
+    assert lm.context_length is not None
+    fits, too_long = (
+        TeacherView(np.ones(lm.context_length + more, dtype=np.int64), np.array([2]), np.array([2])) for more in (0, 1)
+    )
+    scorer = TransformersScorer("t", lm)
+    assert len(await scorer.score([fits], SignalKind.SAMPLED)) == 1
+    with pytest.raises(TeacherError, match=f"t reads {lm.context_length + 1} tokens .* its context is"):
+        await scorer.score([fits, too_long], SignalKind.SAMPLED)
