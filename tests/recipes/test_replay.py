@@ -77,6 +77,17 @@ def test_rollouts_alone_change_and_save_nothing(tmp_path: Path, models: Models, 
     assert episodes(path, 3) != episodes(saved, 3)
 
 
+def test_given_answers_can_be_learnt_from_again(tmp_path: Path, models: Models):
+    options: dict[str, Any] = {"objective": "kd", "support": "teacher_topk", "top_k": 4, "alpha": 0.3}
+    learnt = tiny_models.run(tmp_path / "run", models, lmbda=0, max_tokens=24, eval_size=0, max_steps=2, **options)
+    path = again(tmp_path / "again", models, learnt, **options)
+    ours, theirs = weights(final(path)), weights(final(learnt))
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in theirs)
+    assert [row["loss"] for row in training_rows(path)] == pytest.approx(
+        [row["loss"] for row in training_rows(learnt)], abs=1e-5
+    )
+
+
 # --- mistakes
 
 
@@ -95,6 +106,8 @@ def test_mistakes_are_named(capfd: pytest.CaptureFixture[str], tmp_path: Path, m
         (torn, {}, f"{torn}:1: not a saved episode"),
         (saved, {"num_substeps": 2}, "num_substeps=2: a replay makes one update"),
         (saved, {"rollouts_only": True}, "rollouts_only=True: a replay has no rollouts"),
+        (saved, {"lmbda": 0}, "lmbda=0.0: a replay trains on what is saved"),
+        (saved, {"objective": "kd"}, "episodes that a student sampled, and objective=kd learns from given answers"),
         (saved, {"model_name": alien, "teacher_model": alien}, "to the student that wrote it"),
         (saved, {"saves": 1}, "Did you mean saved?"),
     ):
