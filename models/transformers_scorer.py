@@ -10,7 +10,7 @@ from torch import Tensor
 
 from errors import TeacherError
 from models.causal_lm import CausalLM
-from models.device_thread import compute
+from models.device_thread import compute, stop_if_cancelled
 from models.teacher_view import exchanged
 from models.types import Signal, SignalKind, SignalSpec, TeacherTopK, TeacherView
 
@@ -61,6 +61,7 @@ class TransformersScorer:
                     f"teacher {self.name} reads {size} tokens of an episode, and its context is {longest}"
                 )
         for pack in self._packs(views):
+            stop_if_cancelled()
             hidden = self._lm.hidden([torch.from_numpy(view.token_ids).long() for view in pack])  # [T, h]
             offset = 0
             for view in pack:

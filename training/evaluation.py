@@ -118,14 +118,11 @@ async def _accuracy(eval_set: EvalSet, collected: Collected, renderer: Renderer,
     episodes = [e for e in _episodes(collected) if answers[e.row_id] is not None]
 
     assert eval_set.grader is not None
-    grader = eval_set.grader
-
-    def graded() -> list[bool]:
-        return [
-            grade(grader, renderer.decode(e.token_ids[e.sampled].tolist()), answers[e.row_id] or "") for e in episodes
-        ]
-
-    correct = await anyio.to_thread.run_sync(graded)
+    correct = []
+    for episode in episodes:  # one by one: a thread cannot be stopped
+        text = renderer.decode(episode.token_ids[episode.sampled].tolist())
+        expected = answers[episode.row_id] or ""
+        correct.append(await anyio.to_thread.run_sync(grade, eval_set.grader, text, expected))
     mean, error = accuracy_with_error(correct, [e.row_id for e in episodes])
     return {name: mean, f"{name}_se": error}
 

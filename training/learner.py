@@ -24,6 +24,7 @@ from torch import Tensor
 from errors import CheckpointError, ProtegeError
 from models.blending import exchanged_columns
 from models.causal_lm import CausalLM
+from models.device_thread import stop_if_cancelled
 from models.types import Head, Signal, SignalKind, SignalSpec, TeacherTopK
 from models.weights import LMWeights
 from training.objectives import RATIO_METRICS, UNSCORED, Advantages, Objective, TokenBatch, token_logprobs
@@ -163,6 +164,7 @@ class Learner:
     ) -> list[ItemMetrics]:
         results: dict[int, ItemMetrics] = {}
         for batch in pack(items, token_weights(items, self.reduction, factors), self.token_budget):
+            stop_if_cancelled()
             metrics = self._run_pack(batch, objective, train)
             results.update(zip(map(id, batch.items), _per_item(batch, metrics), strict=True))
         return [results[id(item)] for item in items]

@@ -1,8 +1,8 @@
 """The training loop: rows -> episodes -> signals -> gradient -> new weights, resumable at every step.
 
 Everything random is derived from (seed, step, row, attempt), so a resumed run draws what the
-uninterrupted one would have drawn. A step's optimizer updates are never interrupted half-way: Ctrl-C
-waits for them, then a checkpoint is written.
+uninterrupted one would have drawn. A step is interrupted between micro-batches until its first optimizer
+update, and then never: Ctrl-C undoes it or waits for it, and a checkpoint is written.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from envs.rendering import Renderer
 from envs.rollout import derive_seed
 from envs.types import EnvGroupBuilder
 from errors import CheckpointError, NoSignalError
-from models.device_thread import compute
+from models.device_thread import commit, compute
 from models.types import Sampler
 from training.collect import Blend, Collected, Teacher, collect
 from training.evaluation import EvalSet, Judge, evaluate
@@ -111,7 +111,7 @@ class Loop:
     # --- the whole run
 
     async def run(self) -> None:
-        """Train to `max_steps`. On SIGINT or SIGTERM: finish the update, save, raise `KeyboardInterrupt`."""
+        """Train to `max_steps`. On SIGINT or SIGTERM: undo or finish the step, save, raise `KeyboardInterrupt`."""
         interrupted = False
         async with anyio.create_task_group() as tasks:
 
@@ -173,9 +173,9 @@ class Loop:
         )  # fmt: skip
         self._check_signal(collected)
         await self.sampler.sleep()
+        with timer.stage("training"):
+            measured, updates = await compute(self._update, collected)  # given up, it has changed nothing
         with anyio.CancelScope(shield=True):  # weights are updated by whole steps only
-            with timer.stage("training"):
-                measured, updates = await compute(self._update, collected)
             self.step += 1
             self._cursor_states = [plan.cursor.state() for plan in self.plans]
             await self.sampler.update_weights(self.learner.weights(), self.step)
@@ -207,7 +207,7 @@ class Loop:
             )
 
     def _update(self, collected: Collected) -> tuple[dict[int, ItemMetrics], dict[str, float]]:
-        """`num_substeps` optimizer steps over the groups, in order. Runs in a worker thread."""
+        """`num_substeps` optimizer steps over the groups, in order. Runs on the device thread."""
         measured: dict[int, ItemMetrics] = {}
         updates: dict[str, float] = {}
         if not self.config.train:
@@ -222,6 +222,7 @@ class Loop:
                 factors = [weight[group.dataset] for group, members in part for _ in members]
                 results = self.learner.forward_backward(items, self.objective, factors)
                 measured.update(zip(map(id, items), results, strict=True))
+                commit()
                 updates = self.learner.step(rate)
         self.learner.update_average()
         return measured, updates

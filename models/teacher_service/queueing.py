@@ -26,6 +26,14 @@ class _Job:
     done: anyio.Event = field(default_factory=anyio.Event)
     answers: list[Any] | None = None
     error: Exception | None = None
+    gone: bool = False  # its client
+    batch: _Batch | None = None  # that it is being scored in
+
+
+@dataclass(eq=False)
+class _Batch:
+    jobs: Sequence[_Job]
+    scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
 
 
 class ScoreQueue:
@@ -52,7 +60,9 @@ class ScoreQueue:
         return sum(job.tokens for job in self._waiting)
 
     async def submit(self, key: object, views: Sequence[TeacherView]) -> list[Any]:
-        """Cancelled, it leaves the queue. Raises `Refused` when full or closed, and what scoring raises."""
+        """Cancelled, it leaves the queue, or its batch, which is given up once all have left it.
+
+        Raises `Refused` when full or closed, and what scoring raises."""
         job = _Job(key, views, sum(len(view.token_ids) for view in views))
         if self._closed:
             raise Refused(503, "the service is shutting down", retry_after_s=2)
@@ -65,8 +75,11 @@ class ScoreQueue:
         try:
             await job.done.wait()
         finally:
+            job.gone = True
             if job in self._waiting:
                 self._waiting.remove(job)
+            if job.batch is not None and all(other.gone for other in job.batch.jobs):
+                job.batch.scope.cancel()
         if job.error is not None:
             raise job.error
         assert job.answers is not None
@@ -97,14 +110,22 @@ class ScoreQueue:
         self._waiting = [job for job in self._waiting if job not in batch]
         return batch
 
-    async def _run(self, batch: list[_Job]) -> None:
+    async def _run(self, jobs: list[_Job]) -> None:
+        batch = _Batch(jobs)
+        for job in jobs:
+            job.batch = batch
+        with batch.scope:
+            await self._finish(jobs)
+
+    async def _finish(self, batch: list[_Job]) -> None:
         started = time.monotonic()
         try:
             answers = iter(await self._score(batch[0].key, [view for job in batch for view in job.views]))
         except (Refused, ProtegeError) as error:
             if len(batch) > 1:  # one client's request must not fail another's
                 for job in batch:
-                    await self._run([job])
+                    if not job.gone:
+                        await self._run([job])
                 return
             batch[0].error = error
         except Exception as error:  # a bug: told to this client, and the worker lives on
@@ -116,4 +137,5 @@ class ScoreQueue:
             rate = sum(job.tokens for job in batch) / max(time.monotonic() - started, 1e-6)
             self._tokens_per_s += 0.2 * (rate - self._tokens_per_s)
         for job in batch:
+            job.batch = None
             job.done.set()

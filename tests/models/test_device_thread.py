@@ -6,9 +6,10 @@ import threading
 import time
 
 import anyio
+import anyio.to_thread
 import pytest
 
-from models.device_thread import compute, compute_blocking
+from models.device_thread import commit, compute, compute_blocking, stop_if_cancelled
 
 
 def test_async_and_blocking_callers_share_one_thread():
@@ -43,6 +44,88 @@ def test_a_cancelled_caller_waits_until_the_function_has_ended():
         assert ended
 
     anyio.run(main)
+
+
+def test_a_cancelled_function_ends_at_its_next_look_and_what_waits_behind_it_is_not_begun():
+    looked, begun = [], []
+
+    async def main() -> None:
+        inside = threading.Event()
+
+        def work() -> None:
+            while True:
+                looked.append(len(looked))
+                inside.set()
+                time.sleep(0.01)
+                stop_if_cancelled()
+
+        with anyio.CancelScope() as scope:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(compute, work)
+                await anyio.to_thread.run_sync(inside.wait)
+                tasks.start_soon(compute, begun.append, 1)
+                await anyio.sleep(0.01)
+                scope.cancel()
+        assert scope.cancelled_caught
+        assert await compute(lambda: 7) == 7
+
+    anyio.run(main)
+    assert looked and not begun
+    stop_if_cancelled()  # elsewhere it is nothing
+
+
+@pytest.mark.parametrize("shielded", [False, True])
+def test_a_function_that_has_committed_is_finished_and_its_result_given(shielded: bool):
+    committed, go_on, steps = threading.Event(), threading.Event(), []
+
+    def work() -> str:
+        if not shielded:
+            commit()
+        committed.set()
+        go_on.wait(20)
+        stop_if_cancelled()
+        steps.append("whole")
+        return "result"
+
+    async def main() -> None:
+        async def one() -> None:
+            with anyio.CancelScope(shield=shielded):
+                steps.append(await compute(work))
+            await anyio.sleep(0)
+            steps.append("never")
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(one)
+            await anyio.to_thread.run_sync(committed.wait)
+            tasks.cancel_scope.cancel()
+            with anyio.CancelScope(shield=True):
+                await anyio.sleep(0.05)
+                go_on.set()
+
+    anyio.run(main)
+    assert steps == ["whole", "result"]
+
+
+def test_what_is_cancelled_already_commits_to_nothing():
+    inside, go_on, done = threading.Event(), threading.Event(), []
+
+    def work() -> None:
+        inside.set()
+        go_on.wait(20)
+        commit()
+        done.append(1)
+
+    async def main() -> None:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(compute, work)
+            await anyio.to_thread.run_sync(inside.wait)
+            tasks.cancel_scope.cancel()
+            with anyio.CancelScope(shield=True):
+                await anyio.sleep(0.05)
+                go_on.set()
+
+    anyio.run(main)
+    assert not done
 
 
 def test_ctrl_c_interrupts_the_function_and_the_thread_lives_on():

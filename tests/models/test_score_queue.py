@@ -148,6 +148,35 @@ async def test_a_client_that_is_gone_leaves_the_queue():
     assert scripted.calls == [("a", [1]), ("a", [3])]
 
 
+async def test_a_batch_that_all_have_left_is_given_up():
+    scripted, given_up = Scripted(), []
+
+    async def score(key: Any, views: Sequence[TeacherView]) -> list[Signal]:
+        try:
+            return await scripted(key, views)
+        except BaseException:
+            given_up.append([int(view.token_ids[0]) for view in views])
+            raise
+
+    async with anyio.create_task_group() as tasks:
+        clients = Clients(ScoreQueue(score, max_jobs=9, max_tokens=1000, batch_tokens=40), tasks)
+        first = await clients.submit("a", 1)
+        second = await clients.submit("a", 2)
+        tasks.start_soon(clients.queue.work)
+        await anyio.wait_all_tasks_blocked()
+        await clients.submit("a", 3)
+        first.cancel()
+        await anyio.wait_all_tasks_blocked()
+        assert not given_up, "somebody still waits for it"
+        second.cancel()
+        await anyio.wait_all_tasks_blocked()
+        assert given_up == [[1, 2]] and scripted.calls[1:] == [("a", [3])], "the next one is begun"
+        scripted.gate.set()
+        await anyio.wait_all_tasks_blocked()
+        tasks.cancel_scope.cancel()
+    assert clients.answers == {3: -3.0}
+
+
 async def test_a_request_that_fails_takes_no_other_with_it():
     scripted = Scripted(bad=2)
     scripted.gate.set()

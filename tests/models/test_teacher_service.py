@@ -375,6 +375,23 @@ async def test_a_client_that_goes_away_frees_its_work():
         assert count(service, "read_tokens", model="t") == len(views(1)[0].token_ids)
 
 
+@pytest.mark.anyio
+async def test_a_batch_whose_clients_have_all_gone_away_is_not_read_to_its_end():
+    lm, gate, reads = llama(), Gate(), []
+    hidden = lm.hidden
+    lm.hidden = lambda sequences: reads.append(len(sequences)) or hidden(sequences)  # type: ignore[method-assign,assignment]
+    gate.close_around(lm)
+    with running(served(lm)) as service:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(service.scorer().score, views(12), SignalKind.SAMPLED)  # one pack each
+            await gate.reached()
+            tasks.cancel_scope.cancel()
+        await until(lambda: count(service, "abandoned") == 1)
+        gate.open()
+        await service.scorer().score(views(1), SignalKind.SAMPLED)
+    assert len(reads) == 2, "the view that was being read, and the one that was asked for later"
+
+
 # --- what goes wrong on the way
 
 

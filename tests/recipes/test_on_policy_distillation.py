@@ -347,8 +347,9 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_never_was(
     [
         pytest.param("sampling", 0, None, marks=pytest.mark.slow),
         ("sampling", 3, 3),
-        pytest.param("training", 0, 1, marks=pytest.mark.slow),
-        ("training", 4, 5),
+        pytest.param("training", 0, None, marks=pytest.mark.slow),
+        ("training", 4, 4),
+        ("update", 4, 5),
         pytest.param("evaluation", 3, 3, marks=pytest.mark.slow),
         ("evaluation", 6, 6),
     ],

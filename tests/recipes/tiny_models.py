@@ -141,17 +141,38 @@ def _child(argv: list[str], output: str, interrupt: tuple[str, int] | None, reci
     os.dup2(file, 1)
     os.dup2(file, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-    if interrupt is not None:
+    if interrupt is not None and interrupt[0].startswith("pack in "):
+        where, _, number = interrupt[0].removeprefix("pack in ").partition(":")
+        _interrupt_pack(where, int(number))
+    elif interrupt is not None:
         _interrupt_in(*interrupt)
     module = importlib.import_module(f"recipes.{recipe}")
     with no_report():
         run_cli(module.main, module.Config, presets=module.presets, argv=argv)
 
 
+def _interrupt_pack(phase: str, number: int) -> None:
+    """Have the first micro-batch of an evaluation or of training be interrupted, and say which ones are begun."""
+    run_pack, begun = Learner._run_pack, []
+
+    def counted(self: Learner, batch: Any, objective: Any, train: bool) -> Any:
+        if train == (phase == "training"):
+            begun.append(batch)
+            print(f"pack {len(begun)} of many", flush=True)
+            if len(begun) == 1:
+                os.kill(os.getpid(), number)
+                time.sleep(0.3)  # the event loop sees the signal while this thread still computes
+        return run_pack(self, batch, objective, train)
+
+    Learner._run_pack = counted  # type: ignore[method-assign]
+
+
 def _interrupt_in(phase: str, step: int) -> None:
-    """Have the first computation of that phase, after `step` steps, be interrupted while it goes on."""
-    owner: Any = Learner if phase == "training" else TransformersSampler
-    name = "forward_backward" if phase == "training" else "_advance"
+    """Have the first computation of that phase, after `step` steps, be interrupted while it goes on.
+
+    `update` is the first optimizer step."""
+    owner: Any = Learner if phase in ("training", "update") else TransformersSampler
+    name = {"training": "forward_backward", "update": "step"}.get(phase, "_advance")
     compute, train_step = getattr(owner, name), loop.Loop.train_step
     now = {"step": 0, "training": False}
 
