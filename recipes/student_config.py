@@ -27,7 +27,7 @@ MAY_DIFFER_ON_RESUME = frozenset(
     {
         "max_steps", "eval_every", "eval_samples", "save_every", "keep_checkpoints", "max_dropped_fraction",
         "behavior_if_log_dir_exists", "dry_run", "trackers", "wandb_project", "log_path", "device",
-        "eval_teacher", "sampler", "teacher", "datasets.N.teacher",
+        "eval_teacher", "sampler", "teacher", "datasets.N.teacher", "teachers_in_memory",
         *(f"teachers.N.{name}" for name in chz.chz_fields(ServerOptions)),
     }
 )  # fmt: skip

@@ -34,7 +34,7 @@ class Teacher:
 
     scorer: Scorer
     views: ViewMaker
-    waits: bool = False  # asked once, when all episodes have ended: its weights may have to be loaded
+    waits: bool = False  # until all episodes have ended: its weights may have to be loaded
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,7 @@ class _Scoring:
         self._teachers, self._need, self._timer = teachers, need, timer
         # By scorer, not by teacher: two names for one model make the same batches as one, and the same rounding.
         self._pending: dict[int, list[_Question]] = {}
+        self._waiting: dict[int, list[list[_Question]]] = {}  # batches of those that wait; also by scorer
         self._scorers = {id(member.scorer): member.scorer for t in teachers.values() for member in _members(t)}
 
     @property
@@ -142,14 +143,18 @@ class _Scoring:
                 else:
                     self._failed[id(episode)] = UNALIGNED
                     self.causes[UNALIGNED] = f"{episode.row_id}: student and teacher have no span of its text in common"
-            if not teacher.waits and sum(len(question.view.token_ids) for question in pending) >= SCORE_TOKENS:
-                tasks.start_soon(self._score, teacher.scorer, self._pending.pop(key))
+            if sum(len(question.view.token_ids) for question in pending) >= SCORE_TOKENS:
+                batch = self._pending.pop(key)
+                if teacher.waits:
+                    self._waiting.setdefault(key, []).append(batch)
+                else:
+                    tasks.start_soon(self._score, teacher.scorer, batch)
 
     def flush(self, tasks: Any) -> None:
-        for key, pending in self._pending.items():
-            if pending:
-                tasks.start_soon(self._score, self._scorers[key], pending)
-        self._pending = {}
+        for key, scorer in self._scorers.items():  # scorer by scorer, so that each has to be loaded once
+            for batch in (*self._waiting.pop(key, ()), self._pending.pop(key, ())):
+                if batch:
+                    tasks.start_soon(self._score, scorer, batch)
 
     async def _score(self, scorer: Scorer, pending: list[_Question]) -> None:
         with self._timer.stage("scoring"):

@@ -20,6 +20,7 @@ from models.causal_lm import CausalLM
 from recipes import memory, setup
 from recipes import on_policy_multi_teacher as recipe
 from recipes.cli import parse_config, run_cli
+from training import collect
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +53,9 @@ def watched() -> Iterator[list[tuple[str, int]]]:
 
 @pytest.mark.parametrize("objective", ["reverse_kl", "jsd", "topk_forward_kl"])
 def test_one_at_a_time_trains_what_all_of_them_train(
-    objective: str, tmp_path: Path, student: str, teacher: str, second: str
+    objective: str, tmp_path: Path, student: str, teacher: str, second: str, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(collect, "SCORE_TOKENS", 24)  # several batches a step
     data = arithmetic("one", teacher), arithmetic("two", second)
     kept = run(tmp_path / "kept", student, *data, objective=objective)
     with watched() as loads:
@@ -61,7 +63,7 @@ def test_one_at_a_time_trains_what_all_of_them_train(
     assert fingerprint(turns) == fingerprint(kept)
     assert [alive for _, alive in loads] == [0] * len(loads), "another was still in memory"
     assert {name for name, _ in loads} == {teacher, second}
-    assert len(loads) > 2 * 2, "each is loaded again"
+    assert 2 * 2 < len(loads) <= 2 * 5, "each is loaded again, once a step at most"  # probes, 2 steps, 2 evaluations
     assert [row.keys() for row in evaluation_rows(turns)] == [row.keys() for row in evaluation_rows(kept)]
 
 
