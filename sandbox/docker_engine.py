@@ -80,10 +80,17 @@ class Process:
 
 def remove_container(client: docker.APIClient, container: str) -> None:
     """Kill and remove, also what is frozen, which an engine can wait for for ever. Blocks; raises as the SDK does."""
-    if client.inspect_container(container)["State"].get("Paused"):
+    frozen = client.inspect_container(container)["State"].get("Paused")
+    if frozen:
         with contextlib.suppress(docker.errors.APIError):  # thawed or gone meanwhile
             client.unpause(container)
-    client.remove_container(container, force=True, v=True)
+    try:
+        client.remove_container(container, force=True, v=True)
+    except docker.errors.APIError as error:
+        if not frozen or error.status_code not in (404, 409):
+            raise
+        with contextlib.suppress(docker.errors.NotFound):  # thawed, it saw its owner's end before we came
+            client.wait(container, timeout=REMOVAL_S, condition="removed")
 
 
 class Lifeline:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -17,9 +17,12 @@ import anyio
 import docker
 import psutil
 import pytest
+from own_engine import OwnEngine
 
 from errors import SandboxError
 from sandbox import shell
+from sandbox.base_image import ensure_base_image
+from sandbox.docker_engine import connect
 from sandbox.docker_sandbox import DockerSandbox, DockerSandboxFactory
 from sandbox.reap import SANDBOX_LABEL, reap
 from sandbox.types import SandboxConfig, TimedOut
@@ -99,12 +102,12 @@ async def test_a_container_that_dies_is_our_failure_and_not_the_commands(
 async def test_a_frozen_sandbox_is_given_up_and_removed(
     client: docker.APIClient, factory: DockerSandboxFactory, image: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(shell, "STALLED_S", 1.0)
     writing, running = await factory.create(image, SMALL), await factory.create(image, SMALL)
     for sandbox in (writing, running):
         await sandbox.write_file("/tmp/x", b"1")
         await sandbox.run_command("true", timeout_s=10)
         client.pause(sandbox.id)
+    monkeypatch.setattr(shell, "STALLED_S", 1.0)
     with anyio.fail_after(30):
         assert "nothing has gone into it" in str(await failure_of(writing.write_file("/tmp/y", bytes(10**7))))
         failure = await failure_of(running.run_command("echo x", timeout_s=1.0))
@@ -131,11 +134,22 @@ async def test_the_sandbox_of_a_killed_owner_ends_by_itself(client: docker.APICl
     await until(lambda: names(client, run) == [])
 
 
+@pytest.fixture
+def engine(client: docker.APIClient, monkeypatch: pytest.MonkeyPatch) -> Iterator[docker.APIClient]:
+    """One on which nobody else's run begins, which would reap as well."""
+    with OwnEngine() as engine:
+        monkeypatch.setenv("DOCKER_HOST", engine.host)
+        engine.start()
+        ensure_base_image()
+        with connect() as own:
+            yield own
+
+
 async def test_what_a_killed_owner_left_is_reaped_and_a_living_owners_is_not(
-    client: docker.APIClient, factory: DockerSandboxFactory, image: str, owner
+    engine: docker.APIClient, image: str, owner
 ):
-    run, name, process = owner
-    mine = await factory.create(image, SMALL)
+    client, (run, name, process) = engine, owner
+    mine = await (await DockerSandboxFactory.connect("mine")).create(image, SMALL)
     assert name not in [reaped.name for reaped in reap(client)]
     client.pause(name)  # its keeper cannot see that the owner dies
     process.send_signal(signal.SIGKILL)
@@ -147,6 +161,7 @@ async def test_what_a_killed_owner_left_is_reaped_and_a_living_owners_is_not(
     assert f"removed {name}: its owner, process {process.pid}, is dead\n" in said
     assert names(client, run) == []
     assert (await mine.run_command("echo here", timeout_s=10)).stdout == b"here\n"
+    await mine.cleanup()
 
 
 async def test_many_are_created_at_once(client: docker.APIClient, factory: DockerSandboxFactory, image: str):

@@ -8,7 +8,9 @@ import sys
 import time
 from pathlib import Path
 
+import docker.errors
 import pytest
+import requests
 
 from sandbox.reap import LEASE_GRACE_S, LEASE_LABEL, OWNER_LABEL, Owner, reap, why_reaped
 
@@ -98,3 +100,31 @@ class GoingAway:
 def test_a_sandbox_without_a_name_is_reaped_by_its_id(dead: Owner):
     (reaped,) = reap(GoingAway(dead))  # type: ignore[arg-type]
     assert reaped.name == "0123456789ab"
+
+
+class Thawing(GoingAway):
+    """An engine whose one container is frozen; thawed, it sees that its owner is dead, and goes by itself."""
+
+    calls: tuple[str, ...] = ()
+
+    def inspect_container(self, container: str) -> dict:
+        return {"State": {"Paused": True}}
+
+    def unpause(self, container: str) -> None:
+        self.calls += ("unpause",)
+
+    def remove_container(self, container: str, **options: object) -> None:
+        self.calls += ("remove",)
+        response = requests.Response()
+        response.status_code = 409
+        raise docker.errors.APIError("removal of container 0123456789ab is already in progress", response)
+
+    def wait(self, container: str, timeout: float, condition: str) -> None:
+        self.calls += (condition,)
+        raise docker.errors.NotFound("gone")
+
+
+def test_a_frozen_sandbox_that_goes_by_itself_once_thawed_is_reaped_and_waited_for(dead: Owner):
+    engine = Thawing(dead)
+    (reaped,) = reap(engine)  # type: ignore[arg-type]
+    assert (reaped.name, engine.calls) == ("0123456789ab", ("unpause", "remove", "removed"))
