@@ -249,10 +249,12 @@ async def solve(config: Config, task: HarborTask, k: int, sandboxes: DockerSandb
             await attempt.grade()
             if not attempt.goes_on:
                 break
-        verdicts = attempt.verdicts
+        metrics: Counter[str] = Counter()
+        for verdict in attempt.verdicts:
+            metrics.update(verdict.metrics())  # type: ignore[arg-type]
         return Record(
             task.task_id, k, time.monotonic() - started, attempt.reward(cut_short=False), stop.value,
-            messages=says, verifier_output=[v.output for v in verdicts], metrics=verdicts[-1].metrics(),
+            messages=says, verifier_output=[v.output for v in attempt.verdicts], metrics=dict(metrics),
         )  # fmt: skip
     except InfrastructureError as error:
         return Record(task.task_id, k, time.monotonic() - started, dropped=error.reason, cause=str(error))
@@ -323,6 +325,8 @@ def summary(records: Sequence[Record]) -> dict[str, float]:
     )
     numbers |= {"passes_beside_kept_services": kept} if kept else {}
     numbers |= {"failures_after_services_were_ended": ended} if ended else {}
+    without = sum(not ok and r.metrics.get("artifacts_left_out", 0) > 0 for ok, r in zip(passed, graded, strict=True))
+    numbers |= {"failures_with_artifacts_left_out": without} if without else {}
     for reason, count in sorted(Counter(r.stop_reason for r in graded).items()):
         numbers[f"stop/{reason}"] = count / len(graded)
     for name in ("sampled_tokens", "total_tokens", "seconds"):

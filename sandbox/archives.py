@@ -64,14 +64,32 @@ def stays_inside(name: str, link: str) -> bool:
     return not PurePosixPath(link).is_absolute() and ups <= depth and ".." not in parts[ups:]
 
 
-def unpack(archive: IO[bytes], target: Path, max_bytes: int) -> tuple[str, ...]:
-    """Write a tar archive's content below `target`. Returns the names that were left out: devices, links that
-    lead elsewhere, names that do. Raises `SandboxError` if it is broken or larger than `max_bytes`."""
+def link_inside(name: str, link: str, source: str) -> str | None:
+    """`link`, called `name` in the archive of a folder that was at `source`, as a link that stays inside: itself, or
+    if it leads there by way of `source` a relative one to the same place. None: it leads elsewhere."""
+    if stays_inside(name, link):
+        return link
+    root = PurePosixPath("/" + source.lstrip("/")).parts
+    here = PurePosixPath(name).parts[:-1]
+    # "//x" is "/x" here, but not to pathlib
+    parts = list(PurePosixPath("/" + link.lstrip("/") if link.startswith("/") else link).parts)
+    base = [] if link.startswith("/") else [*root, *here]
+    while base and parts[:1] == [".."]:
+        base, parts = [base[0], *base[1:-1]], parts[1:]  # above / is /
+    full = (*base, *parts)
+    if not source.startswith("/") or ".." in (*root, *full) or full[: len(root)] != root:
+        return None
+    return os.path.relpath("/".join(["", *full[len(root) :]]) or "/", "/".join(["", *here]) or "/")
+
+
+def unpack(archive: IO[bytes], target: Path, max_bytes: int, source: str = "") -> tuple[str, ...]:
+    """Write the content of a tar archive of the folder `source` below `target`. Returns the names that were left out:
+    devices, links that lead elsewhere, names that do. Raises `SandboxError` if it is broken or exceeds `max_bytes`."""
     target.mkdir(parents=True, exist_ok=True)
     root = os.open(target, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with tarfile.open(fileobj=archive, mode="r:", errors="surrogateescape") as members:
-            return Unpacking(root, max_bytes).run(members)
+            return Unpacking(root, max_bytes, source).run(members)
     except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
         raise SandboxError(f"the archive that a sandbox sent cannot be read: {error}") from error
     finally:
@@ -81,8 +99,9 @@ def unpack(archive: IO[bytes], target: Path, max_bytes: int) -> tuple[str, ...]:
 class Unpacking:
     """One archive on its way to one folder. Links are made last, so that nothing is written through them."""
 
-    def __init__(self, root: int, max_bytes: int) -> None:
+    def __init__(self, root: int, max_bytes: int, source: str) -> None:
         self._root = root
+        self._source = source
         self._left_bytes = max_bytes
         self._max_bytes = max_bytes
         self._left_out: list[str] = []
@@ -124,11 +143,11 @@ class Unpacking:
         if member.isreg():
             content = members.extractfile(member)
             if content is not None:
-                self._write(parts, content, member.mode & 0o777)
+                self._write(parts, content, member)
             return content is not None
         return False
 
-    def _write(self, parts: tuple[str, ...], content: IO[bytes], mode: int) -> None:
+    def _write(self, parts: tuple[str, ...], content: IO[bytes], member: tarfile.TarInfo) -> None:
         with self._folder(parts[:-1]) as folder:
             remove_file(folder, parts[-1])
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
@@ -138,17 +157,21 @@ class Unpacking:
                     if self._left_bytes < 0:
                         raise SandboxError(f"the folder that a sandbox sent holds more than {self._max_bytes} bytes")
                     file.write(data)
-                os.fchmod(file.fileno(), mode)
+                os.fchmod(file.fileno(), member.mode & 0o777)
+                file.flush()  # before the time is set
+                with contextlib.suppress(OSError, OverflowError, ValueError):  # a time that no file can have
+                    os.utime(file.fileno(), (member.mtime, member.mtime))
 
     def _make_link(self, parts: tuple[str, ...], link: str) -> None:
         name = "/".join(parts)
-        if not stays_inside(name, link):
+        inside = link_inside(name, link, self._source)
+        if inside is None:
             self._left_out.append(name)
             return
         try:
             with self._folder(parts[:-1]) as folder:
                 remove_file(folder, parts[-1])
-                os.symlink(link, parts[-1], dir_fd=folder)
+                os.symlink(inside, parts[-1], dir_fd=folder)
         except OSError:
             self._left_out.append(name)
 

@@ -34,6 +34,7 @@ class Container:
     id: str
     name: str
     image: str
+    image_user: str  # whom its image runs as; empty: root
     init_pid: int
     lifeline: Lifeline
 
@@ -71,7 +72,8 @@ def container_options(
         # Its first program waits for its input's end, which is its owner's, or for the end of the lease.
         "entrypoint": ["bash", "-p", "-c", f"{DEAF}; read -r -t {math.ceil(config.lease_s)}"],
         "command": [],
-        "user": config.user,
+        # Root's programs get the capabilities that this one has: none, were it the image's user's.
+        "user": "0:0",
         "working_dir": config.workdir,
         "environment": {**config.env, MARK: f"{name}-keeper"},
         "stdin_open": True,
@@ -97,6 +99,7 @@ def start_container(client: docker.APIClient, options: dict[str, Any], abandoned
             container = client.create_container(**options)["Id"]
         except docker.errors.ImageNotFound as error:
             raise MissingImage(image) from error
+        image_user = client.inspect_image(image)["Config"].get("User") or ""
         lifeline = Lifeline(client.attach_socket(container, params={"stdin": 1, "stream": 1}))
         try:
             client.start(container)
@@ -113,7 +116,7 @@ def start_container(client: docker.APIClient, options: dict[str, Any], abandoned
     if abandoned.is_set():
         lifeline.close()
         raise SandboxError(f"nobody waits for sandbox {name} any longer")
-    return Container(container, name, image, init_pid, lifeline)
+    return Container(container, name, image, image_user, init_pid, lifeline)
 
 
 class MissingImage(Exception):

@@ -61,6 +61,7 @@ class DockerSandbox:
         self._name = container.name
         self._lifeline = container.lifeline
         self._config = config
+        self._user = config.user or container.image_user  # of what asks for no other
         self._host = host_view(container.id, container.init_pid)
         self._oom_kills = self._host.oom_kills() if self._host else 0
         self._shells: dict[ShellKey, Shell] = {}
@@ -135,17 +136,19 @@ class DockerSandbox:
 
     # --- files
 
-    async def read_file(self, path: str, *, max_bytes: int | None = None) -> bytes:
-        return await files.read_file(self._run_script, path, max_bytes)
+    async def read_file(self, path: str, *, max_bytes: int | None = None, user: str | None = None) -> bytes:
+        return await files.read_file(self._run_script, path, max_bytes, user)
 
     async def write_file(self, path: str, content: bytes, *, mode: int = 0o644, user: str | None = None) -> None:
         await files.write_file(self._run_script, path, content, mode, user)
 
-    async def upload_dir(self, source: Path, target: str) -> None:
-        await files.upload_dir(self._run_script, source, target)
+    async def upload_dir(self, source: Path, target: str, *, user: str | None = None) -> None:
+        await files.upload_dir(self._run_script, source, target, user)
 
-    async def download_dir(self, source: str, target: Path, *, max_bytes: int | None = None) -> tuple[str, ...]:
-        return await files.download_dir(self._run_script, source, target, max_bytes)
+    async def download_dir(
+        self, source: str, target: Path, *, max_bytes: int | None = None, user: str | None = None
+    ) -> tuple[str, ...]:
+        return await files.download_dir(self._run_script, source, target, max_bytes, user)
 
     async def _run_script(
         self, script: str, *, stdout: Sink, stderr: Sink, payload: IO[bytes] | None = None, user: str | None = None
@@ -170,9 +173,8 @@ class DockerSandbox:
         if (shell := self._shells.get(key)) is None:
             mark = f"{self._name}-shell{secrets.token_hex(3)}"
             try:
-                shell = await Shell.open(
-                    self._engine, self._host, self._container, key.user, mark, OUR_ENV if key.ours else {}
-                )
+                user, env = key.user or self._user, OUR_ENV if key.ours else {}
+                shell = await Shell.open(self._engine, self._host, self._container, user, mark, env)
             except SandboxError as error:
                 if not await self._engine.is_running(self._container):
                     await self._give_up("its container has ended" if self._answered else self._no_bash)
@@ -270,7 +272,8 @@ class DockerSandbox:
     ) -> tuple[bytes, bytes, int | None]:
         """Output, complaints and exit code of a bash with these arguments. No exit code: it goes on."""
         environment = {**(env or {}), **OUR_ENV, MARK: mark}
-        socket, exec_id = await self._engine.open_exec(self._container, ["bash", "-p", *arguments], environment, user)
+        command = ["bash", "-p", *arguments]
+        socket, exec_id = await self._engine.open_exec(self._container, command, environment, user or self._user)
         said = {STDOUT: HeadTail(APART_BYTES), STDERR: HeadTail(APART_BYTES)}
         try:
             with anyio.move_on_after(timeout_s):

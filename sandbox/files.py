@@ -35,7 +35,7 @@ class RunScript(Protocol):
     ) -> Awaitable[int]: ...
 
 
-async def read_file(run: RunScript, path: str, max_bytes: int | None) -> bytes:
+async def read_file(run: RunScript, path: str, max_bytes: int | None, user: str | None) -> bytes:
     limit = READ_LIMIT_BYTES if max_bytes is None else max_bytes
     name = quoted(path)
     content, complaint = HeadTail(limit), HeadTail(COMPLAINT_BYTES)
@@ -45,7 +45,7 @@ async def read_file(run: RunScript, path: str, max_bytes: int | None) -> bytes:
         f"elif [ -e {name} ] && [ ! -f {name} ]; then echo 'Operation not permitted' >&2; false; "
         f"else head -c {limit + 1} < {name}; fi"
     )
-    exit_code = await run(script, stdout=content, stderr=complaint)
+    exit_code = await run(script, stdout=content, stderr=complaint, user=user)
     raise_if_failed(exit_code, complaint, path)
     if content.total > limit:
         raise OSError(errno.EFBIG, f"larger than {limit} bytes", path)
@@ -64,7 +64,7 @@ async def write_file(run: RunScript, path: str, content: bytes, mode: int, user:
     raise_if_failed(exit_code, complaint, path)
 
 
-async def upload_dir(run: RunScript, source: Path, target: str) -> None:
+async def upload_dir(run: RunScript, source: Path, target: str, user: str | None) -> None:
     folder = quoted(target)
     with tempfile.TemporaryFile() as payload:
         await to_thread.run_sync(pack, source, payload)
@@ -72,11 +72,14 @@ async def upload_dir(run: RunScript, source: Path, target: str) -> None:
         payload.seek(0)
         extract = f"mkdir -p -- {folder} && tar -x -p -o -f - -C {folder}"
         complaint = HeadTail(COMPLAINT_BYTES)
-        exit_code = await run(receiving(size, extract), stdout=complaint, stderr=complaint, payload=payload)
+        script = receiving(size, extract)
+        exit_code = await run(script, stdout=complaint, stderr=complaint, payload=payload, user=user)
     raise_if_failed(exit_code, complaint, target)
 
 
-async def download_dir(run: RunScript, source: str, target: Path, max_bytes: int | None) -> tuple[str, ...]:
+async def download_dir(
+    run: RunScript, source: str, target: Path, max_bytes: int | None, user: str | None
+) -> tuple[str, ...]:
     limit = FOLDER_LIMIT_BYTES if max_bytes is None else max_bytes
     archive_limit = 2 * limit + 2**24  # names and modes need room, too
     with tempfile.TemporaryFile() as archive:
@@ -84,7 +87,7 @@ async def download_dir(run: RunScript, source: str, target: Path, max_bytes: int
         script = (
             f"(cd -- {quoted(source)} || exit 3; tar -cf - . | head -c {archive_limit + 1}; exit ${{PIPESTATUS[0]}})"
         )
-        exit_code = await run(script, stdout=sink, stderr=complaint)
+        exit_code = await run(script, stdout=sink, stderr=complaint, user=user)
         if sink.total > archive_limit:
             raise OSError(errno.EFBIG, f"larger than {limit} bytes", source)
         if sink.error is not None:
@@ -92,7 +95,7 @@ async def download_dir(run: RunScript, source: str, target: Path, max_bytes: int
         if not (exit_code == 1 and b"changed as we read it" in complaint.content()):  # good as it is
             raise_if_failed(exit_code, complaint, source)
         archive.seek(0)
-        return await to_thread.run_sync(unpack, archive, target, limit)
+        return await to_thread.run_sync(unpack, archive, target, limit, source)
 
 
 def receiving(size: int, command: str) -> str:

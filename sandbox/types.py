@@ -104,7 +104,8 @@ class TimedOut(SandboxCommandTimeout):
 class Sandbox(Protocol):
     """A running sandbox. Not for concurrent commands in one shell: calls are served in order.
 
-    Every method raises `SandboxError` if the sandbox cannot be reached or is gone.
+    Files are read and written as `user`, by default the sandbox's own. Every method raises `SandboxError` if the
+    sandbox cannot be reached or is gone.
     """
 
     @property
@@ -131,7 +132,7 @@ class Sandbox(Protocol):
         """
         ...
 
-    async def read_file(self, path: str, *, max_bytes: int | None = None) -> bytes:
+    async def read_file(self, path: str, *, max_bytes: int | None = None, user: str | None = None) -> bytes:
         """Raises the OSError that fits: FileNotFoundError, IsADirectoryError, PermissionError (also for pipes
         and devices), with `errno.EFBIG` if it is larger than `max_bytes` (256 MiB by default)."""
         ...
@@ -140,13 +141,16 @@ class Sandbox(Protocol):
         """Makes parent folders; replaces a file's content and mode. Raises OSError, as when the disk is full."""
         ...
 
-    async def upload_dir(self, source: Path, target: str) -> None:
-        """The content of local `source` as `target`, modes kept. Raises `DataError` for links that lead out of
-        `source` and for devices, OSError if the sandbox does not take it."""
+    async def upload_dir(self, source: Path, target: str, *, user: str | None = None) -> None:
+        """The content of local `source` as `target`, modes and times kept. Raises `DataError` for links that lead
+        out of `source` and for devices, OSError if the sandbox does not take it."""
         ...
 
-    async def download_dir(self, source: str, target: Path, *, max_bytes: int | None = None) -> tuple[str, ...]:
-        """The content of `source` as local `target`; nothing is ever written outside `target`, whatever it holds.
+    async def download_dir(
+        self, source: str, target: Path, *, max_bytes: int | None = None, user: str | None = None
+    ) -> tuple[str, ...]:
+        """The content of `source` as local `target`, modes and times kept; nothing is ever written outside `target`,
+        whatever it holds. A link that leads below `source` becomes a relative one where it was none.
 
         Returns the names that were left out: devices, and links that lead out. Raises OSError, with
         `errno.EFBIG` if it is larger than `max_bytes` (2 GiB by default)."""

@@ -165,7 +165,7 @@ class Attempt:
 
     async def _upload(self, folder: Path, target: str) -> None:
         try:
-            await self.sandbox.upload_dir(folder, target)
+            await self.sandbox.upload_dir(folder, target, user=ROOT)  # the image's user may be none that can
         except OSError as error:  # the agent's doing, perhaps: a file in the way, a full disk
             raise SandboxError(f"{self.task.task_id}: the sandbox did not take {folder}: {error}") from error
 

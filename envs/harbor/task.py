@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from envs.harbor.compose import NotOneContainer, compose_file, environment_of
 from envs.harbor.config import Environment, StepTable, TaskToml, read_task_toml, unknown_keys
@@ -256,6 +256,13 @@ def _grading(folder: Path, config: TaskToml, table: StepTable | None) -> Grading
     if not (apart and apart.bundled) and not any((place / "test.sh").is_file() for place in tests):
         raise DataError(f"{places[-1]}/test.sh is missing: a Harbor task is graded by it")
     wanted = [*config.artifacts, *(table.artifacts if table else [])]
+    for artifact in wanted if apart else ():
+        path = PurePosixPath(config.environment.workdir or "", artifact.source)
+        if path == PurePosixPath("/") or any(path.is_relative_to(taken) for taken in ("/tests", "/logs/verifier")):
+            raise DataError(
+                f"{folder}/task.toml: artifacts: {artifact.source!r} would take the place of the verifier's own files: "
+                "expected a path that is neither /, nor in /tests or /logs/verifier"
+            )
     return Grading(
         tests=tests,
         timeout_s=own.timeout_sec if "timeout_sec" in own.model_fields_set else verifier.timeout_sec,

@@ -46,6 +46,7 @@ class Verdict:
     services_kept: bool  # and whether they ran during the tests: then they could write the reward
     duration_s: float
     output: str  # the end of what the tests printed
+    left_out: int = 0  # what the agent left in its artifacts and a verifier apart could not be given
 
     def metrics(self) -> dict[str, float]:
         return {
@@ -53,6 +54,7 @@ class Verdict:
             "verifier_overruled": float(self.overruled),
             "services": float(self.services),
             "services_kept": float(self.services * self.services_kept),
+            "artifacts_left_out": float(self.left_out),
         } | {f"reward/{key}": value for key, value in self.rewards.items() if key != "reward"}
 
 
@@ -89,7 +91,13 @@ async def verify(
 
 
 def verdict_of(
-    result: ExecResult, rewards: Mapping[str, float] | None, output: str, *, services: int, services_kept: bool
+    result: ExecResult,
+    rewards: Mapping[str, float] | None,
+    output: str,
+    *,
+    services: int,
+    services_kept: bool,
+    left_out: int = 0,
 ) -> Verdict:
     """What the tests' status and their reward file mean together. Raises `VerifierError` without a reward."""
     if rewards is None:
@@ -108,6 +116,7 @@ def verdict_of(
         services_kept=services_kept,
         duration_s=result.duration_s,
         output=output[-LAST_OUTPUT:],
+        left_out=left_out,
     )
 
 
@@ -131,7 +140,7 @@ async def upload_tests(sandbox: Sandbox, grading: Grading, before: Before) -> No
         "clearing the way for the tests",
     )
     for folder in grading.tests:
-        await sandbox.upload_dir(folder, "/tests")
+        await sandbox.upload_dir(folder, "/tests", user=ROOT)
     await checked(sandbox, "chmod a+rx /tests /tests/test.sh", "uploading the tests")
 
 
@@ -172,7 +181,7 @@ async def read_rewards(sandbox: Sandbox) -> dict[str, float] | None:
     """What reward.json says, or else reward.txt; None without either. Raises `VerifierError`."""
     for name, parse in (("reward.json", parse_json), ("reward.txt", parse_text)):
         try:
-            content = await sandbox.read_file(f"{FOLDER}/{name}", max_bytes=_MAX_REWARD_BYTES)
+            content = await sandbox.read_file(f"{FOLDER}/{name}", max_bytes=_MAX_REWARD_BYTES, user=ROOT)
         except FileNotFoundError:
             continue
         except OSError as error:  # a folder, a pipe, larger than any reward

@@ -1,13 +1,16 @@
 """Grading in a container that the agent has never been in, as a task may ask (`environment_mode = "separate"`).
 
-The task's artifacts, files and folders by name, are all that is carried over; nothing else of what the agent did
-can reach the tests or the reward. What the artifacts hold may still be run by the tests, so the rules of
+The task's artifacts, files and folders by name, are all that is carried over, with their modes and times, for the
+user that the tests run as; nothing else of what the agent did can reach the tests or the reward. A link goes along
+only if it leads to something that does: one to the tests' own files would pass for the agent's work. What cannot go
+along is named beside the reward. What the artifacts hold may still be run by the tests, so the rules of
 `envs/harbor/verifier.py` for what is left running hold there, too.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import re
 import shlex
 import shutil
 import tempfile
@@ -38,15 +41,34 @@ from sandbox.types import Sandbox
 
 PUBLISHED = Artifact("/logs/artifacts")  # always carried over
 ARTIFACT_BYTES = 2**30
+NAMED = 5  # of what was left out
+# Kind and mode of a path: a link is what it leads to, and one that leads nowhere is no file.
+LOOK = r"""
+look() {
+  local kind=nothing mode
+  if [ -d "$1" ]; then kind=folder; elif [ -f "$1" ]; then kind=file
+  elif [ -e "$1" ] || [ -L "$1" ]; then kind=other; fi
+  mode=$(stat -L -c %a -- "$1" 2>/dev/null) || { [ -x "$1" ] && mode=755 || mode=644; }
+  printf '%s %s' "$kind" "$mode"
+}
+look """
+# A folder is emptied and stays the same folder: shells may stand in it.
+CLEAR = r"""(
+cd {way} 2>/dev/null && [ ! -L {way} ] || {{ rm -rf -- {way}; exit; }}
+shopt -s dotglob nullglob
+all=(*)
+for ((n = 0; n < ${{#all[@]}}; n += 500)); do rm -rf -- "${{all[@]:n:500}}" || exit; done
+)"""
 
 
 @dataclass(frozen=True)
 class Carried:
-    """One artifact on its way: a local file or folder, and where it belongs."""
+    """One artifact on its way: where it belongs, its local copy (None: none is there), and what of it stays behind."""
 
-    local: Path
     target: str
-    executable: bool
+    local: Path | None
+    mode: int = 0
+    left_out: tuple[str, ...] = ()
 
 
 async def verify_apart(
@@ -67,9 +89,8 @@ async def verify_apart(
         with tempfile.TemporaryDirectory(prefix="protege-artifacts-") as folder:
             stopped = await quieten(agent, before, [], last=last)
             carried = [
-                found
+                await _fetch(agent, artifact, workdir, Path(folder, str(number)))
                 for number, artifact in enumerate([PUBLISHED, *grading.artifacts])
-                if (found := await _fetch(agent, artifact, workdir, Path(folder, str(number)))) is not None
             ]
             sandbox = await make_sandbox()
             try:
@@ -86,55 +107,78 @@ async def verify_apart(
         raise VerifierError(f"the artifacts could not be carried over: {error}") from error
 
 
-async def _fetch(agent: Sandbox, artifact: Artifact, workdir: str | None, local: Path) -> Carried | None:
-    """None: it is not there, which the tests will see for themselves. Where it goes is never the sandbox's word, in
-    which the agent may have replaced every program."""
+async def _fetch(agent: Sandbox, artifact: Artifact, workdir: str | None, local: Path) -> Carried:
+    """Where it goes is never the sandbox's word, in which the agent may have replaced every program."""
     target = str(PurePosixPath(workdir or "/", artifact.source))
-    script = (
-        f"p={shlex.quote(target)}; "
-        '[ -d "$p" ] && k=folder || { [ -x "$p" ] && k=program || { [ -f "$p" ] && k=file || k=nothing; }; }; '
-        'printf %s "$k"'
-    )
-    said = await agent.run_apart(script, timeout_s=HOUSEKEEPING_S, user=ROOT)
-    kind = said.decode("utf-8", errors="replace")
+    said = await agent.run_apart(LOOK + shlex.quote(target), timeout_s=HOUSEKEEPING_S, user=ROOT)
+    kind, _, bits = said.decode("ascii", "replace").partition(" ")
+    mode = int(bits, 8) & 0o777 if re.fullmatch("[0-7]{1,4}", bits) else 0o755
     if kind == "folder":
-        await agent.download_dir(target, local, max_bytes=ARTIFACT_BYTES)
+        left_out = await agent.download_dir(target, local, max_bytes=ARTIFACT_BYTES, user=ROOT)
         await to_thread.run_sync(_exclude, local, artifact.exclude)
-    elif kind in ("file", "program"):
-        local.write_bytes(await agent.read_file(target, max_bytes=ARTIFACT_BYTES))
-    else:
-        return None
-    return Carried(local, target, kind == "program")
+        missed = (name for name in left_out if not _is_excluded(PurePosixPath(name), artifact.exclude))
+        return Carried(target, local, mode, tuple(f"{target}/{name}" for name in missed))
+    if kind == "file":
+        local.write_bytes(await agent.read_file(target, max_bytes=ARTIFACT_BYTES, user=ROOT))
+        return Carried(target, local, mode)
+    return Carried(target, None, left_out=(target,) if kind == "other" else ())
 
 
 def _exclude(folder: Path, patterns: Sequence[str]) -> None:
-    """As tar does: a pattern is one of a path's ends, from any folder on."""
     for path in sorted(folder.rglob("*"), reverse=True):
-        parts = PurePosixPath(path.relative_to(folder)).parts
-        ends = ["/".join(parts[n:]) for n in range(len(parts))]
-        if any(fnmatch.fnmatch(end, pattern.rstrip("/")) for end in ends for pattern in patterns):
+        if _is_excluded(PurePosixPath(path.relative_to(folder)), patterns):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _is_excluded(path: PurePosixPath, patterns: Sequence[str]) -> bool:
+    """As tar does, with all that lies below: a pattern is one of a path's ends, from any folder on."""
+    for whole in (path, *path.parents):
+        ends = ["/".join(whole.parts[n:]) for n in range(len(whole.parts))]
+        if any(fnmatch.fnmatch(end, pattern.rstrip("/")) for end in ends for pattern in patterns):
+            return True
+    return False
 
 
 async def _grade(sandbox: Sandbox, carried: Sequence[Carried], grading: Grading, env: Mapping[str, str]) -> Verdict:
     assert grading.apart is not None
     before = await look_before(sandbox, [grading.user], timeout_s=HOUSEKEEPING_S)
+    owner = before.numbers[grading.user]
+    for artifact in carried:  # all, before the first is there: one may lie in another
+        clear = CLEAR.format(way=shlex.quote(artifact.target))  # what the agent has not is not there for the tests
+        await checked(sandbox, clear, "clearing the way for an artifact")
     for artifact in carried:
-        if artifact.local.is_dir():
-            way = shlex.quote(artifact.target)
-            clear = f"[ -d {way} ] && [ ! -L {way} ] || rm -rf {way}"  # a folder is filled: shells may stand in it
-            await checked(sandbox, clear, "clearing the way for an artifact")
-            await sandbox.upload_dir(artifact.local, artifact.target)
-        else:
-            mode = 0o755 if artifact.executable else 0o644
-            content = await to_thread.run_sync(artifact.local.read_bytes)
-            await sandbox.write_file(artifact.target, content, mode=mode, user=ROOT)
+        await _place(sandbox, artifact, owner)
     if grading.apart.bundled:
-        owner = before.numbers[grading.user]
         folders = f"rm -rf {FOLDER} && mkdir -p {FOLDER} /logs/artifacts && chown {owner} {FOLDER}"
         await checked(sandbox, f"{folders} && chmod a+rx /tests /tests/test.sh", "looking for /tests/test.sh")
     else:
         await upload_tests(sandbox, grading, before)
     result = await run_tests(sandbox, grading, before, env=env, workdir=grading.apart.workdir)
     await sandbox.end_processes()
-    return verdict_of(result, await read_rewards(sandbox), await output_of(sandbox), services=0, services_kept=False)
+    left_out = [name for artifact in carried for name in artifact.left_out]
+    output = await output_of(sandbox) + _account(left_out)
+    rewards = await read_rewards(sandbox)
+    return verdict_of(result, rewards, output, services=0, services_kept=False, left_out=len(left_out))
+
+
+async def _place(sandbox: Sandbox, artifact: Carried, owner: str) -> None:
+    """It belongs to whom the tests run as, who may not be root: then no mode keeps them from reading it."""
+    if artifact.local is None:
+        return
+    if artifact.local.is_dir():
+        await sandbox.upload_dir(artifact.local, artifact.target, user=ROOT)
+    else:
+        content = await to_thread.run_sync(artifact.local.read_bytes)
+        await sandbox.write_file(artifact.target, content, user=ROOT)
+    way = shlex.quote(artifact.target)
+    give = f"chown -R -h {owner} {way} && chmod {artifact.mode:o} {way}"
+    await checked(sandbox, give, "giving an artifact to the tests' user")
+
+
+def _account(left_out: Sequence[str]) -> str:
+    """For people, at the end of what the tests printed. A name is as the agent has chosen it."""
+    if not left_out:
+        return ""
+    names = ", ".join(ascii(name)[:100] for name in left_out[:NAMED])
+    more = f" and {len(left_out) - NAMED} more" if len(left_out) > NAMED else ""
+    return f"\n[not carried over, as a link that leads out of its artifact, or what is no file: {names}{more}]"

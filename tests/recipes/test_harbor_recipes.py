@@ -333,3 +333,13 @@ def test_passes_beside_services_and_failures_after_their_end_are_listed_apart():
         [evaluate_harbor.Record("t", k, 1.0, reward, metrics=m) for k, (reward, m) in enumerate(rows)]
     )
     assert (numbers["passes_beside_kept_services"], numbers["failures_after_services_were_ended"]) == (1, 2)
+    assert "failures_with_artifacts_left_out" not in numbers
+
+
+def test_failures_for_which_an_artifact_was_left_out_are_counted():
+    rows = [(1.0, 2.0), (0.0, 3.0), (0.0, 0.0), (0.5, 1.0)]
+    records = [
+        evaluate_harbor.Record("t", k, 1.0, reward, metrics={"artifacts_left_out": left})
+        for k, (reward, left) in enumerate(rows)
+    ]
+    assert evaluate_harbor.summary(records)["failures_with_artifacts_left_out"] == 2

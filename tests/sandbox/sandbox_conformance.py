@@ -382,6 +382,31 @@ class Files:
         assert (back / "run.sh").stat().st_mode & 0o777 == 0o750
         assert os.readlink(back / "deep/up") == "../run.sh"
 
+    async def test_a_folders_links_to_itself_come_back_as_relative_ones(self, sandbox: Sandbox, tmp_path: Path):
+        make = """mkdir -p /tmp/l/in; cd /tmp/l; echo x > in/file; touch -d @1000000000 in/file
+            ln -s /tmp/l/in/file whole; ln -s ../../tmp/l/in around; ln -s /tmp/l in/up; ln -s /tmp/lo other"""
+        await out(sandbox, make)
+        assert await sandbox.download_dir("/tmp/l", tmp_path / "back") == ("other",)
+        back = tmp_path / "back"
+        assert [os.readlink(back / name) for name in ("whole", "around", "in/up")] == ["in/file", "in", ".."]
+        assert (back / "in/up/around/file").read_text() == "x\n"
+        assert (back / "in/file").stat().st_mtime == 1e9
+
+    async def test_files_are_read_and_written_as_whom_one_names(self, make: Make, tmp_path: Path):
+        sandbox = await make(SandboxConfig(user="user", tmpfs_mb={"/small": 8}))
+        (tmp_path / "source").mkdir()
+        (tmp_path / "source/file").write_text("x")
+        await sandbox.upload_dir(tmp_path / "source", "/small/of-root", user="0:0")
+        await run(sandbox, "chmod 700 /small/of-root", user="0:0")
+        assert await sandbox.read_file("/small/of-root/file", user="0:0") == b"x"
+        assert await sandbox.download_dir("/small/of-root", tmp_path / "back", user="0:0") == ()
+        with pytest.raises(PermissionError):
+            await sandbox.read_file("/small/of-root/file")
+        with pytest.raises(PermissionError):
+            await sandbox.download_dir("/small/of-root", tmp_path / "none")
+        with pytest.raises(PermissionError):
+            await sandbox.upload_dir(tmp_path / "source", "/small/of-root")
+
     async def test_a_link_that_leads_out_of_an_uploaded_folder_is_refused(self, sandbox: Sandbox, tmp_path: Path):
         for link in ("/etc/passwd", "../outside", "inner/../../outside"):
             source = tmp_path / str(abs(hash(link)))

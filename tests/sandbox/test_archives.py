@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from errors import DataError, SandboxError
-from sandbox.archives import pack, stays_inside, unpack
+from sandbox.archives import link_inside, pack, stays_inside, unpack
 
 
 def archive(*members: tuple[str, bytes, str | bytes], mode: int = 0o644) -> io.BytesIO:
@@ -131,6 +131,52 @@ def test_what_is_no_archive_is_a_sandbox_error_or_nothing(target: Path, junk: by
 )
 def test_where_a_link_leads(name: str, link: str, inside: bool):
     assert stays_inside(name, link) is inside
+
+
+@pytest.mark.parametrize(
+    ("name", "link", "inside"),
+    [
+        ("a", "b", "b"),
+        ("a", "/app/t/b/c", "b/c"),
+        ("x/y/a", "/app/t/b", "../../b"),
+        ("x/a", "/app/t", ".."),
+        ("a", "/app/t", "."),
+        ("a", "//app//t/./b", "b"),
+        ("a", "/app/tt/b", None),
+        ("a", "/app", None),
+        ("a", "/app/t/../b", None),
+        ("a", "../t/b", "b"),
+        ("x/a", "../../../app/t/b", "../b"),
+        ("x/a", "../../u/b", None),
+        ("a", "../../../../app/t/b", "b"),  # above / is /
+        ("a", "b/../../t/c", None),
+        ("a", "", ""),
+    ],
+)
+def test_a_link_by_way_of_its_folder_is_a_link_inside(name: str, link: str, inside: str | None):
+    assert link_inside(name, link, "/app/t") == inside
+    if link.startswith("/"):
+        assert link_inside(name, link, "t") is None
+        assert link_inside(name, link, "/app/../app/t") is None
+    if inside is not None:
+        assert stays_inside(name, inside)
+
+
+def test_of_the_whole_root_every_absolute_link_is_inside():
+    assert link_inside("a/b", "/etc/passwd", "/") == "../etc/passwd"
+
+
+@pytest.mark.parametrize("seconds", [1e9, 0, -5, 1e30])
+def test_times_are_kept_where_a_file_can_have_them(target: Path, seconds: float):
+    member = tarfile.TarInfo("a")
+    member.mtime = 0
+    with tarfile.open(fileobj=(file := io.BytesIO()), mode="w", format=tarfile.PAX_FORMAT) as tar:
+        member.pax_headers = {"mtime": str(seconds)}
+        tar.addfile(member)
+    file.seek(0)
+    assert unpack(file, target, 1000) == ()
+    if seconds != 1e30:
+        assert (target / "a").stat().st_mtime == seconds
 
 
 def test_devices_and_sockets_are_not_packed(tmp_path: Path):

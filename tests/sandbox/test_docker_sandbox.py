@@ -80,6 +80,21 @@ async def test_an_image_without_bash_is_named(client: docker.APIClient, factory:
         client.remove_image("protege-test-empty", force=True)
 
 
+async def test_root_has_its_capabilities_in_an_image_of_a_plain_user_too(factory: DockerSandboxFactory, tmp_path: Path):
+    (tmp_path / "Dockerfile").write_text("FROM protege-base\nUSER user\n")
+    image = await factory.build_image(tmp_path, timeout_s=120)
+    sandbox = await factory.create(image, SandboxConfig(capabilities=("CHOWN",)))
+    await sandbox.run_command("echo mine > /tmp/x; chmod 600 /tmp/x", timeout_s=20)
+    seen = "id -un; grep CapEff /proc/self/status; stat -c %u /tmp/x"
+    plain = await sandbox.run_command(seen, timeout_s=20)
+    assert plain.stdout.decode().split() == ["user", "CapEff:", "0" * 16, "1000"]
+    root = await sandbox.run_command(f"chown 4321 /tmp/x; {seen}", timeout_s=20, user="0:0")
+    assert root.stdout.decode().split() == ["root", "CapEff:", f"{1:016x}", "4321"]
+    with pytest.raises(PermissionError):
+        await sandbox.read_file("/tmp/x")
+    await sandbox.cleanup()
+
+
 async def test_a_user_that_the_image_does_not_have_is_named(sandbox: Sandbox):
     with pytest.raises(SandboxError, match="no user nobody-here"):
         await sandbox.run_command("id", timeout_s=20, user="nobody-here")

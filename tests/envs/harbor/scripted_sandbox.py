@@ -95,7 +95,7 @@ class ScriptedSandbox:
         self.events.append(command)
         return self.agent(self, call)
 
-    async def read_file(self, path: str, *, max_bytes: int | None = None) -> bytes:
+    async def read_file(self, path: str, *, max_bytes: int | None = None, user: str | None = None) -> bytes:
         self.check()
         if path not in self.files:
             raise FileNotFoundError(path)
@@ -105,14 +105,16 @@ class ScriptedSandbox:
     async def write_file(self, path: str, content: bytes, *, mode: int = 0o644, user: str | None = None) -> None:
         raise AssertionError("nothing here writes files")
 
-    async def upload_dir(self, source: Path, target: str) -> None:
+    async def upload_dir(self, source: Path, target: str, *, user: str | None = None) -> None:
         self.check()
         if self.refuses is not None:
             raise self.refuses
         self.events.append(f"uploaded {source.name} to {target}")
         self.files |= {f"{target}/{p.relative_to(source)}": p.read_bytes() for p in source.rglob("*") if p.is_file()}
 
-    async def download_dir(self, source: str, target: Path, *, max_bytes: int | None = None) -> tuple[str, ...]:
+    async def download_dir(
+        self, source: str, target: Path, *, max_bytes: int | None = None, user: str | None = None
+    ) -> tuple[str, ...]:
         raise AssertionError("nothing here downloads")
 
     async def end_processes(self) -> None:
