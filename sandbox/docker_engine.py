@@ -90,7 +90,7 @@ def remove_container(client: docker.APIClient, container: str) -> None:
         if not frozen or error.status_code not in (404, 409):
             raise
         with contextlib.suppress(docker.errors.NotFound):  # thawed, it saw its owner's end before we came
-            client.wait(container, timeout=REMOVAL_S, condition="removed")
+            client.wait(container, timeout=int(REMOVAL_S), condition="removed")
 
 
 class Lifeline:

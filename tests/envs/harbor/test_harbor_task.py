@@ -228,10 +228,16 @@ def test_a_verifier_apart_has_limits_of_its_own(tmp_path: Path):
     [
         ("artifacts = ['/app/../etc']", "artifacts[0].source: expected a path without '..'"),
         *(
-            (f"artifacts = ['/app', '{taken}']\n[verifier]\nenvironment_mode = 'separate'", f"artifacts: '{taken}' would")
+            (
+                f"artifacts = ['/app', '{taken}']\n[verifier]\nenvironment_mode = 'separate'",
+                f"artifacts: '{taken}' would",
+            )
             for taken in ("/", "/tests", "/tests/data", "/logs/verifier/x")
         ),
-        ("artifacts = ['.']\n[environment]\nworkdir = '/'\n[verifier]\nenvironment_mode = 'separate'", "artifacts: '.'"),
+        (
+            "artifacts = ['.']\n[environment]\nworkdir = '/'\n[verifier]\nenvironment_mode = 'separate'",
+            "artifacts: '.'",
+        ),
         ("[environment", "task.toml: not TOML"),
         ("[agent]\ntimeout_sec = 0", "task.toml: agent.timeout_sec: Input should be greater than 0, got 0"),
         ("[agent]\ntimeout_sec = 'long'", "agent.timeout_sec"),
