@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,6 +18,21 @@ from models.teacher_service.fit import find_model
 from models.teacher_service.messages import ModelInfo, ServiceInfo
 from models.teacher_view import ViewMaker
 from models.types import SignalKind, SignalSpec
+
+OBJECTIVES_WITHOUT_WHOLE_DISTRIBUTIONS = (
+    "objective=reverse_kl, objective=topk_forward_kl, objective=jsd or objective=kd with support=teacher_topk, and "
+    "objective=jsd with support=sampled"
+)
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What was found out about a model of a service that can be the teacher."""
+
+    make_scorer: Callable[[str], RemoteScorer]  # from its name
+    gap: float  # nats, between two scorings of a short text
+    why_not_whole: str | None  # None: it gives whole distributions
 
 
 @dataclass(frozen=True)
@@ -64,8 +80,8 @@ async def check_fit(
     need: SignalSpec,
     temperature: float,
     device: torch.device,
-) -> tuple[Callable[[str], RemoteScorer], float]:
-    """What makes scorers of the model, and by how many nats two scorings of a short text differ. Raises `ConfigError`,
+) -> Fit:
+    """Have the model score a short text, and ask whether it gives whole distributions. Raises `ConfigError`,
     `TokenizerMismatchError`."""
     (url,) = access.urls
     check_service(
@@ -84,12 +100,22 @@ async def check_fit(
             wait_s=access.patience_s, deadline_s=max(access.timeout_s, access.patience_s),
         )  # fmt: skip
 
-    view = probe_view(maker)
+    view, scorer = probe_view(maker), make(name)
     try:
-        first, second = [(await make(name).score([view], SignalKind.SAMPLED))[0].logprobs for _ in range(2)]
+        first, second = [(await scorer.score([view], SignalKind.SAMPLED))[0].logprobs for _ in range(2)]
+        why_not_whole = await scorer.why_not_whole()
     except TeacherError as error:
         raise ConfigError(f"url={url}: {error}") from error
     assert first is not None and second is not None
     if not (gap := float((first - second).abs().max())) <= REPEAT_TOLERANCE:
         raise ConfigError(f"url={url}: teacher {name} scored one sequence twice and differs by {gap:.3g} nats")
-    return make, gap
+    if why_not_whole is not None:
+        if need is SignalKind.FULL:
+            raise ConfigError(
+                f"the objective needs teacher {name}'s whole distributions, and {url} says: {why_not_whole}. It can "
+                f"serve {OBJECTIVES_WITHOUT_WHOLE_DISTRIBUTIONS}"
+            )
+        logger.warning(
+            "teacher %s: %s. What is measured of it is the KL of sampled tokens, not the exact one", name, why_not_whole
+        )
+    return Fit(make, gap, why_not_whole)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -21,7 +22,9 @@ from models.types import Scorer, SignalKind, SignalSpec
 from models.vllm import teacher_server as vllm
 from models.vllm.scorer import VllmScorer
 from recipes import own_service
-from recipes.own_service import OwnService
+from recipes.own_service import OBJECTIVES_WITHOUT_WHOLE_DISTRIBUTIONS, OwnService
+
+logger = logging.getLogger(__name__)
 
 
 @chz.chz
@@ -101,7 +104,7 @@ class Served:
     context_length: int  # the longest sequence that it scores
     context_limit: str  # what sets that length, for errors
     exact: bool  # whether it gives whole distributions
-    line: str  # what a dry run says of it
+    line: str  # what a dry run says of it, and config.json keeps
     make_scorer: Callable[[str], Scorer]  # from the teacher's name
 
 
@@ -125,7 +128,7 @@ async def check_fit(
     """Refuse what the server cannot give, then have it score a short text. Raises `ConfigError`,
     `TokenizerMismatchError`."""
     if isinstance(found, OwnService):
-        make_scorer, gap = await own_service.check_fit(
+        fit = await own_service.check_fit(
             found, access, name=name, maker=maker, need=need, temperature=temperature, device=device
         )
         length = min(found.model.context_length or sys.maxsize, found.info.limits.request_tokens)
@@ -134,20 +137,28 @@ async def check_fit(
             urls=access.urls,
             context_length=length,
             context_limit=f"teacher {name} reads sequences of {length} tokens",
-            exact=True,
-            line=f"served by {access.urls[0]} as {found.model.name}; scored twice, it differs by {gap:.2g} nats",
-            make_scorer=make_scorer,
+            exact=fit.why_not_whole is None,
+            line=f"served by {access.urls[0]} as {found.model.name}; scored twice, it differs by {fit.gap:.2g} nats"
+            + (f"; {fit.why_not_whole}" if fit.why_not_whole else ""),
+            make_scorer=fit.make_scorer,
         )
     if need is SignalKind.FULL:
         raise ConfigError(
             f"the objective needs teacher {name}'s whole distributions, and {access.urls[0]} is a plain vLLM server, "
-            f"which does not give them. It can serve {OBJECTIVES_OF_A_PLAIN_SERVER}. Or serve the teacher with "
-            "recipes.serve_teacher, which gives whole distributions"
+            f"which does not give them. It can serve {OBJECTIVES_WITHOUT_WHOLE_DISTRIBUTIONS}. Or serve the teacher "
+            "with recipes.serve_teacher, which gives whole distributions"
         )
     tokenizer = maker.teacher.tokenizer
     scorer_of = _scorers(found, access, len(tokenizer), temperature)
     scorer_of(name)  # refuses a temperature
     unknown = await vllm.check_tokenizer(access, found, name, tokenizer, maker.teacher.name)
+    if unknown:
+        logger.warning(
+            "teacher %s: %s. That its ids mean the same as those of %s is unconfirmed",
+            name,
+            unknown,
+            maker.teacher.name,
+        )
     gap = await vllm.probe(access, found, name, probe_view(maker), need, vocab_size=len(tokenizer), option=option)
     return Served(
         model=found.source,
@@ -160,11 +171,6 @@ async def check_fit(
         + (f"; {unknown}" if unknown else ""),
         make_scorer=scorer_of,
     )
-
-
-OBJECTIVES_OF_A_PLAIN_SERVER = (
-    "objective=reverse_kl, objective=topk_forward_kl, and objective=jsd with support=teacher_topk or support=sampled"
-)
 
 
 def _scorers(found: vllm.VllmServer, access: Access, vocab_size: int, temperature: float) -> Callable[[str], Scorer]:

@@ -30,6 +30,9 @@ from training.report import write_report
 from training.run_dir import RunDir, open_run_dir
 from training.trackers import open_trackers
 
+SERVED_TEACHERS = "served_teachers"
+"""In config.json: what was found out at the start about teachers on servers."""
+
 
 @dataclass(frozen=True)
 class TrainingRun:
@@ -50,11 +53,12 @@ class TrainingRun:
 
 def train(config: StudentConfig, run: TrainingRun) -> None:
     """The whole run, from the last checkpoint of `run.path` or from the beginning."""
+    found = {name: teacher.served.line for name, teacher in run.models.teachers.items() if teacher.served is not None}
     run_dir = open_run_dir(
         run.path,
-        {**chz.asdict(config), **run.identity},
+        {**chz.asdict(config), **run.identity, **({SERVED_TEACHERS: found} if found else {})},
         config.behavior_if_log_dir_exists,
-        may_differ=config.may_differ_on_resume(),
+        may_differ=config.may_differ_on_resume() | {SERVED_TEACHERS},
     )
     with run_dir:
         try:

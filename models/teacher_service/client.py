@@ -184,6 +184,15 @@ class RemoteScorer:
 
     # --- the head
 
+    async def why_not_whole(self) -> str | None:
+        """Why the model gives no whole distributions; None if it does. Raises `TeacherError`."""
+        async with self._connection.open() as client:
+            answer = await self._ask_head(client, 0, 0)
+            if answer.status == 422:
+                return sentence(answer.body)
+            await self._read_head(answer, 0)
+        return None
+
     async def _fetch_head(self, client: AsyncClient) -> None:
         """Once: from the cache if it is there, else in pieces."""
         async with self._head_lock:
@@ -217,17 +226,25 @@ class RemoteScorer:
         return LinearHead(from_raw(weight), None if bias is None else from_raw(bias), fields.scale, fields.softcap)
 
     async def _head_piece(self, client: AsyncClient, start: int, rows: int) -> tuple[HeadFields, dict[str, np.ndarray]]:
-        size = 4 * rows * (self.model.hidden_size + 1)
+        return await self._read_head(await self._ask_head(client, start, rows), rows)
+
+    async def _ask_head(self, client: AsyncClient, start: int, rows: int) -> Answer:
         params = {"model": self.model.name, "weights": self.model.weights, "start": str(start), "rows": str(rows)}
-        answer = await self._connection.ask(
-            client, "GET", "/head", params=params, max_bytes=OVERHEAD_BYTES + 64 * 2 + size
-        )
+        size = OVERHEAD_BYTES + 64 * 2 + self._head_bytes(rows)
+        return await self._connection.ask(client, "GET", "/head", params=params, max_bytes=size)
+
+    async def _read_head(self, answer: Answer, rows: int) -> tuple[HeadFields, dict[str, np.ndarray]]:
+        size = self._head_bytes(rows)
         fields, arrays = await self._understood(answer, lambda body: decode_head(body, rows=rows, max_bytes=size))
         self._check_weights(fields.weights, fields.loaded)
         expected = self.model.vocab_size, self.model.hidden_size
         if fields.width != expected[1] or not 0 < fields.rows <= 2 * expected[0]:  # some are padded
             raise TeacherError(f"teacher {self.name}: its head is {fields.rows} x {fields.width}, not {expected}")
         return fields, arrays
+
+    def _head_bytes(self, rows: int) -> int:
+        """The most that so many rows hold."""
+        return 4 * rows * (self.model.hidden_size + 1)
 
     # --- what comes back
 
