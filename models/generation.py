@@ -20,6 +20,7 @@ from torch import Tensor
 from errors import ModelError
 from models.attention import Decode, Extend, SlotCache
 from models.causal_lm import TOLERANCE, CausalLM, largest_kl
+from models.device_thread import stop_if_cancelled
 
 PREFILL_TOKENS = 4096  # of one forward, bounds its activations
 
@@ -110,6 +111,7 @@ class SlotStepper:
         for slot in prompts:
             size = len(prompts[slot]) - starts[slot]
             if batch and tokens + size > PREFILL_TOKENS:
+                stop_if_cancelled()
                 last.update(self._forward(batch, prompts, starts))
                 batch, tokens = [], 0
             batch.append(slot)

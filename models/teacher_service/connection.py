@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import ssl
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -47,6 +48,8 @@ class Connection:
             raise ConfigError(f"{url}: expected http://HOST:PORT or https://HOST:PORT")
         if parts.username or parts.password:
             raise ConfigError("a teacher's URL holds no user or password: give the token by file or environment")
+        if token is not None and not re.fullmatch(r"[!-~]+", token):  # an HTTP library would show it in its complaint
+            raise ConfigError("a token is one word of printable ASCII characters")
         self.url = url.rstrip("/")
         self._token = token
         self._wait_s, self._deadline_s = wait_s, deadline_s
@@ -119,7 +122,7 @@ class Connection:
         content: bytes | None,
         params: Mapping[str, str] | None,
     ) -> tuple[Answer, float]:
-        headers = {"content-type": MEDIA_TYPE, "accept-encoding": "identity"} if content is not None else {}
+        headers = {"accept-encoding": "identity"} | ({} if content is None else {"content-type": MEDIA_TYPE})
         request: Any = client.stream(method, self.url + path, content=content, params=params, headers=headers)
         async with request as response:
             body = bytearray()
@@ -128,7 +131,7 @@ class Connection:
                     raise TeacherError(f"{self.url} answers more than the {max_bytes} bytes that were asked for")
                 body += piece
             wait = response.headers.get("retry-after", "0")
-            retry_after_s = float(min(int(wait), 60)) if wait.isdecimal() else 0.0
+            retry_after_s = min(float(wait), 60.0) if re.fullmatch(r"[0-9]{1,9}", wait) else 0.0
             return Answer(response.status_code, MARK.decode() in response.headers, body), retry_after_s
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from models.teacher_service.wire import VERSION, Message, Refused, decode, encode
+from models.teacher_service.wire import DTYPES, VERSION, Message, Refused, decode, encode
 from models.types import SignalKind, SignalSpec, TeacherTopK
 
 SERVICE = "protege-teacher"
@@ -194,13 +194,18 @@ def decode_answer(data: bytearray, request: ScoreRequest, *, hidden_size: int, v
     message = decode(data, max_array_bytes=size)
     fields = _parsed(AnswerFields, message.fields)
     k = min(asked.k or 0, vocab_size)
-    shapes: dict[str, tuple[int, ...]] = {"logprobs": (request.scored,)}
+    expected: _Layout = {"logprobs": ("float32", (request.scored,))}
     if asked.need == "topk":
-        shapes |= {"topk_ids": (request.scored, k), "topk_logprobs": (request.scored, k)}
-    if asked.need == "full":
-        shapes = {"hidden": (request.scored, hidden_size)}
-    if (got := {name: array.shape for name, array in message.arrays.items()}) != shapes:
-        raise Refused(400, f"the answer holds {got}, asked for was {shapes}")
+        expected |= {
+            "topk_ids": ("int32", (request.scored, k)),
+            "topk_logprobs": ("float32", (request.scored, k)),
+        }
+    if asked.hidden_dtype is not None:
+        expected = {"hidden": (asked.hidden_dtype, (request.scored, hidden_size))}
+    _check_layout("answer", message, expected)
+    ids = message.arrays.get("topk_ids")
+    if ids is not None and ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+        raise Refused(400, f"the answer names ids from {ids.min()} to {ids.max()}, there are {vocab_size}")
     return ScoreAnswer(fields, message.arrays)
 
 
@@ -213,7 +218,7 @@ class HeadFields(_Fields):
     model: str
     weights: str
     loaded: str
-    digest: str
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     rows: int  # in all
     width: int
     dtype: HiddenDtype
@@ -231,15 +236,24 @@ def decode_head(data: bytearray, *, rows: int, max_bytes: int) -> tuple[HeadFiel
     """Fields, and `weight` [rows, width] and `bias` [rows] if it has one. Raises `Refused`."""
     message = decode(data, max_array_bytes=max_bytes)
     fields = _parsed(HeadFields, message.fields)
-    expected: dict[str, tuple[int, ...]] = {"weight": (rows, fields.width)}
+    expected: _Layout = {"weight": (fields.dtype, (rows, fields.width))}
     if fields.has_bias:
-        expected["bias"] = (rows,)
-    if (got := {name: array.shape for name, array in message.arrays.items()}) != expected:
-        raise Refused(400, f"the piece of the head holds {got}, asked for was {expected}")
+        expected["bias"] = (fields.dtype, (rows,))
+    _check_layout("piece of the head", message, expected)
     return fields, message.arrays
 
 
 # --- all of them
+
+_Layout = dict[str, tuple[str, tuple[int, ...]]]  # by an array's name, its dtype and shape
+
+
+def _check_layout(what: str, message: Message, expected: _Layout) -> None:
+    """Raises `Refused`."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    got = {name: (names[array.dtype], array.shape) for name, array in message.arrays.items()}
+    if got != expected:
+        raise Refused(400, f"the {what} holds {got}, asked for was {expected}")
 
 
 def _fields(fields: _Fields) -> dict[str, Any]:

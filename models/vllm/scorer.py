@@ -142,6 +142,8 @@ def _finite_row(row: Any, position: int) -> dict[int, float]:
         found = {int(token): float(entry["logprob"]) for token, entry in row.items()}
     except (ValueError, TypeError, LookupError):
         raise _BadAnswer(f"a logprob at position {position} is missing") from None
+    if not all(0 <= token < 1 << 31 for token in found):
+        raise _BadAnswer(f"position {position} has a logprob of what is no id")
     if any(math.isnan(value) or value == math.inf for value in found.values()):
         raise _BadAnswer(f"a logprob at position {position} is not a number")
     return {token: -math.inf if value <= MINUS_INFINITY else value for token, value in found.items()}

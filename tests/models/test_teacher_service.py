@@ -485,6 +485,22 @@ async def test_an_answer_that_is_none_is_an_error(service: Running, body: bytes)
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("wait", ["9" * 5000, "-1", "1e9", "soon"])
+async def test_a_strange_time_to_come_back_is_not_waited_for(service: Running, wait: str):
+    with impostor(503, b"", MARK, ("retry-after", wait)) as url:
+        scorer = RemoteScorer("far", url, service.info, "t", deadline_s=0.5)
+        with pytest.raises(TeacherError, match=r"status 503|did not answer"), anyio.fail_after(10):
+            await scorer.score(views(1), SignalKind.SAMPLED)
+
+
+@pytest.mark.parametrize("token", ["two words", "a\nb", "ünïcode", ""])
+def test_a_token_that_no_header_can_hold_is_not_shown(service: Running, token: str):
+    with pytest.raises(ConfigError) as error:
+        service.scorer(token=token)
+    assert not token or token not in str(error.value)
+
+
+@pytest.mark.anyio
 async def test_a_refusal_is_told_with_the_services_words(service: Running):
     with pytest.raises(TeacherError, match=r"far at .*the token is missing or wrong"):
         await service.scorer(token="not-the-right-token").score(views(1), SignalKind.SAMPLED)

@@ -15,19 +15,23 @@ from models.teacher_service import wire
 from models.teacher_service.head import from_raw, raw
 from models.teacher_service.messages import (
     AnswerFields,
+    HeadFields,
     Reading,
     RequestFields,
     ScoreAnswer,
     ScoreRequest,
     answer_bytes,
     decode_answer,
+    decode_head,
     decode_request,
     encode_answer,
+    encode_head,
     encode_request,
 )
 from models.teacher_service.wire import Refused, decode, encode
 
 LIMIT = 1 << 20
+OTHER_DTYPES = {"float32": ["int32"], "int32": ["float32"], "uint16": ["uint8"]}  # uint16 stands for bfloat16
 FIELDS = {"kind": "score", "model": "m", "weights": "w", "need": "sampled", "temperature": 1.0}
 
 
@@ -182,6 +186,32 @@ def test_a_request_that_makes_no_sense_is_refused(fields: dict, arrays: dict, st
     assert found.value.status == status and "\n" not in str(found.value)
 
 
+@pytest.mark.parametrize("id_", [-1, 61])
+def test_an_answer_that_names_no_token_is_refused(id_: int):
+    asked = RequestFields(model="m", weights="w", need="topk", temperature=1.0, k=1)
+    request = ScoreRequest(asked, [Reading(np.arange(1, 3), np.arange(1, 2))])
+    arrays = {"logprobs": np.zeros(1, np.float32), "topk_logprobs": np.zeros((1, 1), np.float32)}
+    arrays["topk_ids"] = np.array([[id_]], np.int32)
+    answer = encode_answer(ScoreAnswer(AnswerFields(model="m", weights="w", loaded="l"), arrays))
+    with pytest.raises(Refused, match=f"names ids from {id_} to {id_}, there are 61"):
+        decode_answer(bytearray(answer), request, hidden_size=16, vocab_size=61)
+
+
+def test_a_head_of_another_dtype_or_a_strange_digest_is_refused():
+    fields = HeadFields(
+        model="m", weights="w", loaded="l", digest="0" * 64, rows=5, width=3, dtype="float32", has_bias=False, scale=1.0
+    )
+    size = {"rows": 2, "max_bytes": 1000}
+    good = encode_head(fields, np.zeros((2, 3), np.float32), None)
+    assert decode_head(bytearray(good), **size)[0] == fields
+    with pytest.raises(Refused, match="asked for was"):
+        decode_head(bytearray(encode_head(fields, np.zeros((2, 3), np.uint16), None)), **size)
+    for digest in ("../../x", "0" * 63, "F" * 64, ""):
+        strange = fields.model_copy(update={"digest": digest})
+        with pytest.raises(Refused, match="digest"):
+            decode_head(bytearray(encode_head(strange, np.zeros((2, 3), np.float32), None)), **size)
+
+
 @pytest.mark.parametrize("need", ["sampled", "topk", "full"])
 def test_an_answer_to_another_request_is_refused(need: Any):
     asked = RequestFields(
@@ -206,6 +236,7 @@ def test_an_answer_to_another_request_is_refused(need: Any):
     for name in arrays:
         short = {**arrays, name: arrays[name][:-1]}
         less = {k: v for k, v in arrays.items() if k != name}
-        for wrong in (short, less, {**arrays, "more": np.zeros(1, np.uint8)}):
+        others = [{**arrays, name: arrays[name].astype(dtype)} for dtype in OTHER_DTYPES[arrays[name].dtype.name]]
+        for wrong in (short, less, *others, {**arrays, "more": np.zeros(1, np.uint8)}):
             with pytest.raises(Refused):
                 decode_answer(bytearray(encode_answer(ScoreAnswer(fields, wrong))), request, **sizes)

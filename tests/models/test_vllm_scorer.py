@@ -166,6 +166,10 @@ BAD_ANSWERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "logits": (change(1, 12.5), "--logprobs-mode"),
     "more than a distribution": (change(1, -0.1), "--logprobs-mode"),
     "fewer than k": (lambda a: [rows_of(a)[1].popitem() for _ in range(2)], "at position 1, 4 were asked for"),
+    "an id that is none": (
+        lambda a: rows_of(a)[1].update({"-7": rows_of(a)[1].popitem()[1]}),
+        "1 has a logprob of what",
+    ),
     "no choices": (lambda answer: answer.clear(), "not a completion"),
 }
 
