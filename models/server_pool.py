@@ -6,18 +6,17 @@ one request; if it answers, it is used again.
 
 from __future__ import annotations
 
-import functools
 import math
 import random
-import ssl
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
 import anyio
 import httpx2
+
+from models.http_clients import certificates, may_use_proxy, reason_of
 
 CONNECT_S = 10.0
 IN_FLIGHT = 16  # requests at a time for every server; further ones wait here
@@ -68,11 +67,6 @@ class _Server:
         self.retry_at = now + pause
 
 
-def may_use_proxy(url: str) -> bool:
-    """What the environment says of proxies is not for this machine's own addresses, nor are tokens for a proxy."""
-    return urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1")
-
-
 class ServerPool:
     def __init__(
         self,
@@ -92,7 +86,9 @@ class ServerPool:
         timeout = httpx2.Timeout(self.access.timeout_s, connect=min(CONNECT_S, self.access.timeout_s))
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=IN_FLIGHT)
         proxies = all(map(may_use_proxy, self.access.urls))
-        return httpx2.AsyncClient(headers=headers, timeout=timeout, limits=limits, verify=_tls(), trust_env=proxies)
+        return httpx2.AsyncClient(
+            headers=headers, timeout=timeout, limits=limits, verify=certificates(), trust_env=proxies
+        )
 
     async def ask(self, client: httpx2.AsyncClient, path: str, body: Mapping[str, Any] | None = None) -> bytes:
         """POST `body`, or GET: the answer of whichever server gives one. Raises `Refused`, `Unanswered`."""
@@ -153,22 +149,5 @@ class _Failed(Exception):
     """One try of a request, at a server that took it."""
 
 
-def reason_of(response: httpx2.Response) -> str:
-    """What an answer that is no success says, in one line of at most 300 characters."""
-    text = response.text
-    try:
-        value = response.json()
-        error = value.get("error", value)
-        text = error if isinstance(error, str) else error.get("message") or error.get("detail") or text
-    except (ValueError, AttributeError):
-        pass
-    return " ".join(str(text).split())[:300] or "nothing more"
-
-
 def _named(error: Exception) -> str:
     return f"{type(error).__name__} {error}".strip()
-
-
-@functools.cache
-def _tls() -> ssl.SSLContext:
-    return httpx2.create_ssl_context()

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import random
 import re
-import ssl
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,7 +15,7 @@ import anyio
 import httpx2
 
 from errors import ConfigError, TeacherError
-from models.server_pool import may_use_proxy
+from models.http_clients import certificates, may_use_proxy, reason_of
 from models.teacher_service.gate import MARK
 from models.teacher_service.wire import MEDIA_TYPE
 
@@ -55,12 +53,6 @@ class Connection:
         self._wait_s, self._deadline_s = wait_s, deadline_s
         self._unreachable_since: float | None = None
         self._was_silent = False
-        self._trust_env = may_use_proxy(url)
-
-    @cached_property
-    def _tls(self) -> ssl.SSLContext | bool:
-        """Made once: reading the system's certificates takes longer than a request. Plain HTTP needs none."""
-        return httpx2.create_ssl_context() if self.url.startswith("https:") else False
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[httpx2.AsyncClient]:
@@ -68,7 +60,7 @@ class Connection:
         headers = {} if self._token is None else {"authorization": f"Bearer {self._token}"}
         timeout = httpx2.Timeout(self._deadline_s, connect=CONNECT_S)
         async with httpx2.AsyncClient(
-            headers=headers, timeout=timeout, verify=self._tls, trust_env=self._trust_env, follow_redirects=False
+            headers=headers, timeout=timeout, verify=certificates(), trust_env=may_use_proxy(self.url)
         ) as client:
             yield client
 
@@ -137,8 +129,4 @@ class Connection:
 
 def sentence(body: bytearray) -> str:
     """What a refusal says, as one short line."""
-    try:
-        text = httpx2.Response(200, content=bytes(body[:2000])).json()["error"]
-    except (ValueError, KeyError, TypeError):
-        text = body[:300].decode("utf-8", "replace")
-    return " ".join("".join(c if c.isprintable() else " " for c in str(text)[:300]).split())
+    return reason_of(httpx2.Response(200, content=bytes(body[:2000])))

@@ -1,0 +1,33 @@
+"""What every client of an HTTP server here shares: proxies, certificates, and what an answer without success says."""
+
+from __future__ import annotations
+
+import functools
+import ssl
+from urllib.parse import urlsplit
+
+import httpx2
+
+
+def may_use_proxy(url: str) -> bool:
+    """What the environment says of proxies is not for this machine's own addresses, nor are tokens for a proxy."""
+    return urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1")
+
+
+@functools.cache
+def certificates() -> ssl.SSLContext:
+    """The system's. Reading them takes longer than a request."""
+    return httpx2.create_ssl_context()
+
+
+def reason_of(response: httpx2.Response) -> str:
+    """What an answer that is no success says: one line of at most 300 characters, with none that steer a terminal."""
+    text = response.text
+    try:
+        value = response.json()
+        error = value.get("error", value)
+        text = error if isinstance(error, str) else error.get("message") or error.get("detail") or text
+    except (ValueError, AttributeError, RecursionError):
+        pass
+    printable = "".join(c if c.isprintable() else " " for c in str(text))
+    return " ".join(printable.split())[:300] or "nothing more"
