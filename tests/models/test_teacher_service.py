@@ -22,12 +22,14 @@ import tiny
 import torch
 from conformance import ScorerEngine
 from teacher_services import TOKEN, Running, llama, running, served
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from errors import ConfigError, TeacherError, TokenizerMismatchError
 from models.causal_lm import CausalLM
 from models.teacher_service import client
 from models.teacher_service.client import RemoteScorer, describe
 from models.teacher_service.fit import check_fit, find_model
+from models.teacher_service.hosting import ServedModel
 from models.teacher_service.server import ServiceLimits
 from models.transformers_scorer import TransformersScorer
 from models.types import SignalKind, TeacherTopK, TeacherView
@@ -195,6 +197,29 @@ async def test_a_view_whose_answer_does_not_fit_is_asked_about_in_pieces(need: A
             assert (value is None) == (expected is None)
             if value is not None:
                 torch.testing.assert_close(value.float(), expected.float(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.anyio
+async def test_an_episode_of_more_than_64_mib_of_states_is_scored_with_the_limits_as_they_are():
+    """8,192 states of 4,096 in bfloat16 are an answer's limit; here are 8,300 of one episode."""
+    config = LlamaConfig(
+        vocab_size=tiny.VOCAB, hidden_size=4096, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        head_dim=8, num_key_value_heads=1, max_position_embeddings=8400,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        lm = CausalLM.verified(LlamaForCausalLM(config))
+    ids = np.random.default_rng(0).integers(0, tiny.VOCAB, size=8400)
+    view = TeacherView(ids, np.arange(100, 8400), np.arange(8300))
+    model = served(lm)
+    model = ServedModel(model.info.model_copy(update={"context_length": 8400}), model.checkpoint)
+    with running(model) as service:
+        (got,) = await service.scorer().score([view], SignalKind.FULL)
+        assert count(service, "requests", path="/score", status="200") == 2
+    (expected,) = await TransformersScorer("t", lm).score([view], SignalKind.FULL)
+    assert got.hidden is not None and expected.hidden is not None and got.hidden.dtype == torch.bfloat16
+    torch.testing.assert_close(got.hidden.float(), expected.hidden.bfloat16().float(), atol=0.02, rtol=0.01)
 
 
 @pytest.mark.anyio
