@@ -21,7 +21,7 @@ from models.teacher_service.wire import MEDIA_TYPE
 
 CONNECT_S = 10.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 10.0
-_AFTER_SILENCE_S = 30.0
+LOOK_S, LOOK_AGAIN_S = 5.0, 30.0
 _TRY_AGAIN = frozenset({408, 429, 502, 503, 504})
 
 
@@ -36,8 +36,8 @@ class Connection:
     """One service, as one client sees it. Scoring changes nothing there, so any request may be sent again.
 
     `wait_s` is how long a service that cannot be reached, as one that restarts, is waited for; `deadline_s` is how long
-    a request may take in all. A service that used up one of them is given little time until it has answered again, so
-    that a run with many requests left hears of it once and not once for each.
+    a request may take in all. A service that used up one of them is looked after before it is asked again, and no more
+    often than every `LOOK_AGAIN_S`, so that a run with many requests left hears of it once and not once for each.
     """
 
     def __init__(self, url: str, token: str | None, *, wait_s: float, deadline_s: float) -> None:
@@ -53,6 +53,7 @@ class Connection:
         self._wait_s, self._deadline_s = wait_s, deadline_s
         self._unreachable_since: float | None = None
         self._was_silent = False
+        self._look_at = 0.0  # not before, if it was silent
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[httpx2.AsyncClient]:
@@ -75,7 +76,9 @@ class Connection:
         params: Mapping[str, str] | None = None,
     ) -> Answer:
         """The first answer that is not a request to come back later. Raises `TeacherError`."""
-        limit_s = min(self._deadline_s, _AFTER_SILENCE_S) if self._was_silent else self._deadline_s
+        if self._was_silent and not await self._answers_again(client):
+            raise TeacherError(f"{self.url} has not answered since it did not answer within {self._deadline_s:g} s")
+        limit_s = self._deadline_s
         ends, pause_s, problem = time.monotonic() + limit_s, _FIRST_PAUSE_S, "no answer"
         while True:
             try:
@@ -104,6 +107,19 @@ class Connection:
                     raise TeacherError(f"{self.url} was busy for {limit_s:g} s ({problem})")
             await anyio.sleep(max(retry_after_s, pause_s) * random.uniform(0.8, 1.2))
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    async def _answers_again(self, client: httpx2.AsyncClient) -> bool:
+        """Whether it is alive, which it says at once, however much it has to do. A frozen one says nothing."""
+        if time.monotonic() < self._look_at:
+            return False
+        try:
+            with anyio.fail_after(LOOK_S):
+                await self._once(client, "GET", "/health", 1 << 10, None, None)
+        except (TimeoutError, TeacherError, httpx2.TransportError):
+            self._look_at = time.monotonic() + LOOK_AGAIN_S
+            return False
+        self._was_silent = False
+        return True
 
     async def _once(
         self,

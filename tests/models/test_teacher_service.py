@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from errors import ConfigError, TeacherError, TokenizerMismatchError
 from models.causal_lm import CausalLM
-from models.teacher_service import client
+from models.teacher_service import client, connection
 from models.teacher_service.client import RemoteScorer, describe
 from models.teacher_service.fit import check_fit, find_model
 from models.teacher_service.hosting import ServedModel
@@ -473,6 +473,33 @@ async def test_a_service_that_never_answers_is_given_up(service: Running):
         scorer = RemoteScorer("far", url, service.info, "t", deadline_s=0.3)
         with pytest.raises(TeacherError, match="did not answer within"), anyio.fail_after(10):
             await scorer.score(views(1), SignalKind.SAMPLED)
+
+
+@pytest.mark.anyio
+async def test_a_service_that_fell_silent_is_looked_after_and_used_again_when_it_answers(
+    service: Running, monkeypatch: pytest.MonkeyPatch
+):
+    """Many requests of a frozen service cost one deadline and one look, not one of each."""
+    with socket.create_server(("127.0.0.1", 0)) as frozen:
+        port = frozen.getsockname()[1]
+        url = f"http://127.0.0.1:{port}"
+        scorer = RemoteScorer("far", url, service.info, "t", token=TOKEN, deadline_s=0.5)
+        monkeypatch.setattr(connection, "LOOK_S", 0.5)
+        with anyio.fail_after(20):
+            for said in ["did not answer within 0.5 s", *["has not answered since"] * 50]:
+                with pytest.raises(TeacherError, match=said):
+                    await scorer.score(views(1), SignalKind.SAMPLED)
+        frozen.setblocking(False)
+        asked = 0
+        with suppress(BlockingIOError):
+            while frozen.accept():
+                asked += 1
+        assert asked == 2, "one request and one look"
+    with running(served(llama()), port=port):
+        with pytest.raises(TeacherError, match="has not answered since"):
+            await scorer.score(views(1), SignalKind.SAMPLED)
+        monkeypatch.setattr(scorer._connection, "_look_at", 0.0)  # half a minute later
+        assert len(await scorer.score(views(2), SignalKind.SAMPLED)) == 2
 
 
 @contextmanager
