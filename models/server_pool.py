@@ -20,6 +20,7 @@ from models.http_clients import certificates, may_use_proxy, reason_of
 
 CONNECT_S = 10.0
 IN_FLIGHT = 16  # requests at a time for every server; further ones wait here
+LOOK_S = 5.0  # for a server that failed to show that it is back
 TRIES = 4  # of a request that servers took and failed at
 LONGEST_PAUSE_S = 30.0
 _BUSY = {429, 502, 503, 504}  # the server's state, not the request's fault: leave it alone for a while
@@ -106,11 +107,15 @@ class ServerPool:
         while True:
             server = await self._ready()
             server.load += 1
-            if server.failures:
-                server.retry_at = math.inf  # one request finds out whether it is back; the others wait
             try:
+                if server.failures:
+                    server.retry_at = math.inf  # one request finds out whether it is back; the others wait
+                    await self._look_at(client, server)
                 with anyio.fail_after(self.access.timeout_s):
                     response = await client.request("GET" if body is None else "POST", server.url + path, json=body)
+            except _Silent as error:
+                server.failed(str(error), self._now())
+                continue
             except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:  # it never had the request
                 server.failed(f"{server.url}: {_named(error)}", self._now())
                 continue
@@ -131,6 +136,17 @@ class ServerPool:
                 raise Refused(server.url, response.status_code, reason_of(response))
             return response.content
 
+    async def _look_at(self, client: httpx2.AsyncClient, server: _Server) -> None:
+        """Any answer will do: a server that is alive says something at once, and a frozen one would take up a whole
+        timeout. Raises `_Silent`, and `httpx2.ConnectError`s."""
+        try:
+            with anyio.fail_after(min(LOOK_S, self.access.timeout_s)):
+                await client.get(server.url + "/health")
+        except (httpx2.ConnectError, httpx2.ConnectTimeout):
+            raise
+        except (httpx2.RequestError, TimeoutError) as error:
+            raise _Silent(f"{server.url} does not answer /health ({_named(error)})") from error
+
     async def _ready(self) -> _Server:
         """The server with the least to do. Raises `Unanswered` once all have been silent for too long."""
         while True:
@@ -143,6 +159,10 @@ class ServerPool:
                 raise Unanswered(f"no answer for {silent_s:.0f} s ({reasons})")
             next_try = min(server.retry_at for server in self._servers) - now
             await self._sleep(min(max(next_try, 0.01), 0.5))
+
+
+class _Silent(Exception):
+    """A server that failed before is not back."""
 
 
 class _Failed(Exception):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,6 +19,7 @@ import pytest
 import torch
 
 from errors import ConfigError, TeacherError, TokenizerMismatchError
+from models import server_pool
 from models.device_thread import compute_blocking
 from models.server_pool import IN_FLIGHT, Access, ServerPool
 from models.types import Signal, SignalKind, SignalSpec, TeacherTopK, TeacherView
@@ -195,6 +199,24 @@ def test_a_likely_token_of_probability_zero_is_no_token(server: ScriptedTeacher)
 
 
 # --- servers that fail
+
+
+def test_many_requests_of_a_frozen_server_cost_one_timeout(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(server_pool, "LOOK_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as frozen:  # takes connections, and says nothing
+        pool = ServerPool(Access((f"http://127.0.0.1:{frozen.getsockname()[1]}",), timeout_s=0.5, patience_s=0.3))
+        teacher = VllmScorer("T", "teacher", pool, vocab_size=tiny.VOCAB)
+        for _ in range(10):
+            with pytest.raises(TeacherError, match="no answer for"):
+                score(teacher, view(3, 4, 5))
+        frozen.setblocking(False)
+        asked: Counter[bytes] = Counter()
+        with suppress(BlockingIOError):
+            while True:
+                connection, _ = frozen.accept()
+                asked[connection.recv(4)] += 1
+                connection.close()
+    assert asked[b"POST"] == 1 and asked[b"GET "] >= 1
 
 
 @pytest.mark.parametrize("fault", [500, 503, 429, "close"])
