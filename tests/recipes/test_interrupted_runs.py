@@ -22,7 +22,7 @@ def packs(output: Path) -> list[str]:
     return [line for line in output.read_text().splitlines() if line.startswith("pack ")]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("phase", ["evaluation", "training"])
 def test_no_further_micro_batch_is_begun(tmp_path: Path, models: dict[str, str], phase: str, number: int):
     """In the first of many, the process gets the signal."""
@@ -57,7 +57,8 @@ def test_a_run_that_waits_at_its_start_for_a_frozen_teacher(
         assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_whose_teacher_is_frozen_saves_its_last_step_and_goes_on_later(
     tmp_path: Path, models: dict[str, str], teacher: str, number: int
 ):

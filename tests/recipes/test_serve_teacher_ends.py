@@ -46,7 +46,7 @@ class Asking(threading.Thread):
         return self.result
 
 
-@pytest.mark.parametrize("number", [TERM, INT])
+@pytest.mark.parametrize("number", [TERM, pytest.param(INT, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("moment", ["serve", "startup", "main_loop"])
 def test_a_signal_while_it_starts_to_serve_is_not_lost(tmp_path: Path, teacher: str, moment: str, number: int):
     """`serve` is called after it said that it serves, and before uvicorn has done anything."""
@@ -55,7 +55,7 @@ def test_a_signal_while_it_starts_to_serve_is_not_lost(tmp_path: Path, teacher: 
         assert "serving on" in service.output.read_text() and "Traceback" not in service.output.read_text()
 
 
-@pytest.mark.parametrize("number", [TERM, INT])
+@pytest.mark.parametrize("number", [TERM, pytest.param(INT, marks=pytest.mark.slow)])
 def test_what_is_being_scored_is_answered_and_what_comes_later_is_not(tmp_path: Path, teacher: str, number: int):
     with started(tmp_path, teacher, hook="batch", work_s=1.0, grace_s=ENDS_IN_S) as service:
         asking = Asking(service.url)
@@ -68,7 +68,7 @@ def test_what_is_being_scored_is_answered_and_what_comes_later_is_not(tmp_path: 
             httpx2.get(f"{service.url}/health", trust_env=False)
 
 
-@pytest.mark.parametrize("number", [TERM, INT])
+@pytest.mark.parametrize("number", [TERM, pytest.param(INT, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("work", ["load", "batch"])
 def test_work_that_takes_longer_than_the_grace_is_cut(tmp_path: Path, teacher: str, work: str, number: int):
     with started(tmp_path, teacher, hook=work, work_s=10 * ENDS_IN_S) as service:

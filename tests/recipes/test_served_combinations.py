@@ -40,6 +40,10 @@ TOP_K = {"objective": "topk_forward_kl", "top_k": 4}
 FULL = {"objective": "jsd", "beta": 0.5}
 
 
+def slow(options: dict[str, Any]) -> Any:
+    return pytest.param(options, marks=pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PROTEGE_CACHE", str(tmp_path / "cache"))
@@ -89,7 +93,7 @@ def blend(path: Path, student: str, teacher: str, second: str, options: dict[str
     )
 
 
-@pytest.mark.parametrize("options", [REVERSE_KL, TOP_K, FULL], ids=str)
+@pytest.mark.parametrize("options", [slow(REVERSE_KL), slow(TOP_K), FULL], ids=str)
 def test_a_blend_is_the_same_wherever_its_teachers_are(
     tmp_path: Path,
     student: str,
@@ -149,7 +153,7 @@ def test_bytes_are_compared_with_a_served_teacher_too(tmp_path: Path, pair: dict
 # --- given answers
 
 
-@pytest.mark.parametrize("options", [{}, {"support": "teacher_topk", "top_k": 4, "tail": "renormalise"}], ids=str)
+@pytest.mark.parametrize("options", [{}, slow({"support": "teacher_topk", "top_k": 4, "tail": "renormalise"})], ids=str)
 def test_classic_distillation_from_a_served_teacher(
     tmp_path: Path, models: dict[str, str], teacher: str, service: Running, options: dict[str, Any]
 ):
@@ -188,7 +192,7 @@ def working(tmp_path: Path, sandboxes: Any, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.usefixtures("working")
-@pytest.mark.parametrize("options", [REVERSE_KL, FULL], ids=str)
+@pytest.mark.parametrize("options", [slow(REVERSE_KL), FULL], ids=str)
 def test_episodes_with_tools_are_judged_by_a_served_teacher(
     tmp_path: Path, tool_models: dict[str, str], options: dict[str, Any]
 ):
@@ -202,6 +206,7 @@ def test_episodes_with_tools_are_judged_by_a_served_teacher(
         assert scored == episode["sampled"] and turns_of(episode) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("working")
 def test_episodes_with_tools_are_judged_by_a_plain_server(tmp_path: Path, tool_models: dict[str, str]):
     given = {**SEVERAL_TURNS, **TOP_K}
