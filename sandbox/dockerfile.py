@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from errors import DataError
 
@@ -17,11 +17,13 @@ FROM = re.compile(
     r"(?P<before>\s*FROM\s+(?:--\S+\s+)*)(?P<image>\S+)(?P<after>(?:\s+AS\s+(?P<stage>\S+))?.*)", re.IGNORECASE
 )
 COPY_FROM = re.compile(r"(?P<before>\s*(?:COPY|ADD)\s+(?:--\S+\s+)*?--from=)(?P<image>\S+)(?P<after>.*)", re.IGNORECASE)
-HEREDOC = re.compile(r"(?<!\S)\d*<<(?P<dash>-?)(?P<quote>[\"']?)(?P<name>[A-Za-z_]\w*)(?P=quote)")
-TAKES_HEREDOCS = re.compile(r"\s*(RUN|COPY|ADD)\s+(?:--\S+\s+)*(?!\[)", re.IGNORECASE)  # not a JSON list of words
+QUOTED = re.compile(r"""'[^']*'|"(?:\\.|[^"\\])*"|\\.|\\$|[^'"\\]""", re.DOTALL)  # or one character
+HEREDOC = re.compile(r"\d*<<(?P<dash>-?)(?P<rest>[^<]+)")
+DIRECTIVE = re.compile(r"#\s*([a-zA-Z][a-zA-Z0-9]*)\s*=\s*(.+?)\s*")
+FLAGS = re.compile(r"\s*(?:ONBUILD\s+)?(?P<word>RUN|COPY|ADD)\b(?:\s+--\S+)*", re.IGNORECASE)
 ARG = re.compile(r"\s*ARG\s+(.*)", re.IGNORECASE | re.DOTALL)
 VARIABLE = re.compile(r"\$(?:\{(\w+)(?:(:[-+])([^}]*))?\}|(\w+))")
-OPTIONAL_MOUNT = re.compile(r"--mount=(?=\S*type=(?:cache|tmpfs))\S+\s+")  # makes a build faster, and no other
+OPTIONAL_MOUNT = re.compile(r"\s?--mount=(?=\S*type=(?:cache|tmpfs))\S+")  # makes a build faster, and no other
 SHELL = ("/bin/sh", "-c")
 LONGEST_LINE = 32000  # of 65535 that the engine reads
 HEREDOC_FOLDER = ".protege-heredocs"
@@ -29,12 +31,14 @@ HEREDOC_FOLDER = ".protege-heredocs"
 
 @dataclass(frozen=True)
 class Heredoc:
-    """`body` as it stands, with its last newline."""
+    """`body` as it stands, with its last newline. `start` and `end`: where its mark is in the instruction's text."""
 
     name: str
     quoted: bool
     dash: bool  # leading tabs do not count
-    body: str
+    start: int
+    end: int
+    body: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Instruction:
     lines: tuple[str, ...]
     text: str  # on one line, without heredocs' bodies
     heredocs: tuple[Heredoc, ...] = ()
+    number: int = 0  # of its first line
 
     @property
     def word(self) -> str:
@@ -51,29 +56,105 @@ class Instruction:
 
 
 def instructions(text: str) -> Iterator[Instruction]:
-    """The file's instructions in order; comments and empty lines between them as ones without a word."""
-    lines = iter(text.splitlines())
-    for line in lines:
+    """The file's instructions in order; comments and empty lines between them as ones without a word.
+
+    Raises `DataError` for a heredoc without an end and an escape character that is none."""
+    escape = re.escape(escape_of(text))
+    goes_on = re.compile(rf"(?<!{escape}){escape}[ \t]*$")  # two of them are one that is meant
+    lines = iter(list(enumerate(text.removeprefix("\ufeff").removesuffix("\n").split("\n"), 1)))
+    for number, line in lines:
+        line = line.rstrip("\r")
         if not line.strip() or line.lstrip().startswith("#"):
-            yield Instruction((line,), "")
+            yield Instruction((line,), "", number=number)
             continue
         whole, parts = [line], [line]
-        while parts[-1].rstrip().endswith("\\") and (line := next(lines, None)) is not None:
+        while goes_on.search(parts[-1]) and (after := next(lines, None)) is not None:
+            line = after[1].rstrip("\r")
             whole.append(line)
             if line.strip() and not line.lstrip().startswith("#"):  # else it does not end the instruction
                 parts.append(line)
-        joined = " ".join(part.rstrip().removesuffix("\\") for part in parts)
-        found = list(HEREDOC.finditer(joined)) if TAKES_HEREDOCS.match(joined) else []
-        heredocs = []
-        for mark in found:
-            body = []
-            for line in lines:
-                whole.append(line)
-                if (line.lstrip("\t") if mark["dash"] else line) == mark["name"]:
-                    break
-                body.append(line + "\n")
-            heredocs.append(Heredoc(mark["name"], bool(mark["quote"]), bool(mark["dash"]), "".join(body)))
-        yield Instruction(tuple(whole), joined, tuple(heredocs))
+        joined = "".join(goes_on.sub("", part) for part in parts)
+        heredocs = [_with_body(mark, lines, whole, number) for mark in heredoc_marks(joined)]
+        yield Instruction(tuple(whole), joined, tuple(heredocs), number)
+
+
+def escape_of(text: str) -> str:
+    """What ends a line that goes on: the file may say so, in comments before all else. Raises `DataError`."""
+    for line in text.removeprefix("\ufeff").split("\n"):
+        found = DIRECTIVE.fullmatch(line.strip())
+        if found is None:
+            break
+        if found[1].lower() == "escape":
+            if found[2] not in ("\\", "`"):
+                raise DataError(f"a Dockerfile's `# escape={found[2]}`: expected \\ or ` as the escape character")
+            return found[2]
+    return "\\"
+
+
+def _with_body(mark: Heredoc, lines: Iterator[tuple[int, str]], whole: list[str], number: int) -> Heredoc:
+    body = []
+    for _, line in lines:
+        whole.append(line)
+        if (line.lstrip("\t") if mark.dash else line).rstrip("\r") == mark.name:
+            return replace(mark, body="".join(body))
+        body.append(line + "\n")
+    raise DataError(f"a Dockerfile's heredoc <<{mark.name} in line {number} has no end: a line that says {mark.name}")
+
+
+def heredoc_marks(text: str) -> list[Heredoc]:
+    """The heredocs that an instruction on one line begins: words of RUN, COPY and ADD, of ONBUILD before them too, that
+    are a mark as a whole. Not what stands in quotes, or is a list of words in JSON."""
+    if (command := FLAGS.match(text)) is None or is_json(text[command.end() :]):
+        return []
+    marks = []
+    for start, end in words(text):
+        found = HEREDOC.fullmatch(text[start:end])
+        if found is not None and len(words(found["rest"])) == 1:
+            name = unquoted(found["rest"])
+            marks.append(Heredoc(name, name != found["rest"], bool(found["dash"]), start, end))
+    return marks
+
+
+def is_json(arguments: str) -> bool:
+    """Whether these are a list of words, which no shell reads."""
+    try:
+        value = json.loads(arguments)
+    except ValueError:
+        return False
+    return isinstance(value, list) and all(isinstance(word, str) for word in value)
+
+
+def words(text: str) -> list[tuple[int, int]]:
+    """Where the words of `text` begin and end, as the builder cuts it: at spaces outside of quotes. None at all if a
+    quote has no end."""
+    found: list[tuple[int, int]] = []
+    start, at = None, 0
+    while at < len(text):
+        if text[at].isspace():
+            if start is not None:
+                found.append((start, at))
+            start, at = None, at + 1
+            continue
+        start = at if start is None else start
+        piece = QUOTED.match(text, at)
+        if piece is None:
+            return []
+        at = piece.end()
+    return found if start is None else [*found, (start, len(text))]
+
+
+def unquoted(word: str) -> str:
+    """A word without its quotes, and without what escapes a character."""
+    pieces = []
+    for piece in QUOTED.finditer(word):
+        quote, inner = piece[0][0], piece[0][1:-1]
+        if quote == "'":
+            pieces.append(inner)
+        elif quote == '"':
+            pieces.append(re.sub(r'\\(["$\\])', r"\1", inner))
+        else:
+            pieces.append(piece[0][-1])
+    return "".join(pieces)
 
 
 # --- images
@@ -103,9 +184,9 @@ def _outside(text: str, args: Mapping[str, str]) -> Iterator[tuple[int, re.Match
     begun = False
     for number, instruction in enumerate(instructions(text)):
         if (said := ARG.match(instruction.text)) and not begun:
-            for declared in said[1].split():
-                name, _, default = declared.partition("=")
-                known[name] = args.get(name, filled_in(default.strip("\"'"), known))
+            for start, end in words(said[1]):
+                name, _, default = said[1][start:end].partition("=")
+                known[name] = args.get(name, filled_in(unquoted(default), known))
         elif found := FROM.match(instruction.text):
             begun = True
             image = filled_in(found["image"], known)
@@ -143,7 +224,9 @@ def substitute(image: str, substitutes: Mapping[str, str]) -> str:
 def for_any_engine(text: str) -> tuple[str, dict[str, str]]:
     """The same Dockerfile without heredocs and cache mounts, and files that its context needs besides.
 
-    Raises `DataError` for a heredoc that would have to be filled in with variables."""
+    Raises `DataError` for what cannot be read, and for heredocs that have no older words: with variables to be
+    filled in, or copied by ONBUILD."""
+    escape = escape_of(text)
     lines: list[str] = []
     files: dict[str, str] = {}
     shell: Sequence[str] = SHELL
@@ -151,46 +234,78 @@ def for_any_engine(text: str) -> tuple[str, dict[str, str]]:
         if instruction.word == "FROM":
             shell = SHELL
         elif instruction.word == "SHELL":
-            shell = json.loads(instruction.text.split(maxsplit=1)[1])
-        if instruction.word == "RUN" and instruction.heredocs:
-            lines.append(_run(instruction, shell))
+            shell = _shell(instruction)
+        command = FLAGS.match(instruction.text)
+        runs = command is not None and command["word"].upper() == "RUN"
+        if runs and instruction.heredocs:
+            lines.append(_run(instruction, shell, escape))
         elif instruction.heredocs:
             lines.append(_copy(instruction, files))
-        elif instruction.word == "RUN":
-            lines += [OPTIONAL_MOUNT.sub("", line) for line in instruction.lines]
         else:
-            lines += instruction.lines
+            lines += _without_mounts(instruction.lines) if runs else instruction.lines
     return "\n".join(lines) + "\n", files
 
 
-def _run(instruction: Instruction, shell: Sequence[str]) -> str:
-    command = OPTIONAL_MOUNT.sub("", instruction.text).split(maxsplit=1)[1]
-    options = re.match(r"(?:--\S+\s+)*", command)
-    assert options is not None
-    command = command[options.end() :]
-    if HEREDOC.sub("", command).strip():  # a program that reads them: the shell knows heredocs, too
-        bodies = "".join(f"{heredoc.body}{heredoc.name}\n" for heredoc in instruction.heredocs)
-        script = f"{command}\n{bodies}"
-    else:
+def _shell(instruction: Instruction) -> list[str]:
+    given = instruction.text.split(maxsplit=1)[1:]
+    if not given or not is_json(given[0]) or not json.loads(given[0]):
+        raise DataError(
+            f'a Dockerfile\'s SHELL in line {instruction.number}: expected a list of words, as ["/bin/bash", "-c"], '
+            f"got {''.join(given)!r:.100}"
+        )
+    return json.loads(given[0])
+
+
+def _without_mounts(lines: Sequence[str]) -> list[str]:
+    """Those of a RUN without its optional mounts, which may stand on lines of their own. What the command itself is
+    given by the same name stays."""
+    kept, options = [], True
+    for number, line in enumerate(lines):
+        rest = FLAGS.match(line) if number == 0 else re.match(r"(?:\s*--\S+)*", line)
+        if options and rest is not None and not line.lstrip().startswith("#"):
+            kept.append(OPTIONAL_MOUNT.sub("", rest[0]) + line[rest.end() :])
+            options = line[rest.end() :].strip() in ("", "\\", "`")
+        else:
+            kept.append(line)
+    return kept
+
+
+def _run(instruction: Instruction, shell: Sequence[str], escape: str) -> str:
+    flags = FLAGS.match(instruction.text)
+    assert flags is not None
+    command = instruction.text[flags.end() :].strip()
+    only = HEREDOC.fullmatch(command)
+    if only is not None and len(words(only["rest"])) == 1:
         (heredoc,) = instruction.heredocs
         script = _untabbed(heredoc)
         if script.startswith("#!"):
-            program = script[2:].splitlines()[0].strip()
-            script = f"{program} /dev/stdin <<'{heredoc.name}'\n{script}{heredoc.name}\n"
-    return f"RUN {options[0]}{_folded(json.dumps([*shell, script]))}"
+            program, end = script[2:].splitlines()[0].strip(), "END"
+            while end in script.splitlines():
+                end += "_"
+            script = f"{program} /dev/stdin <<'{end}'\n{script}{end}\n"
+    else:  # the shell knows heredocs, too
+        bodies = "".join(f"{heredoc.body}{heredoc.name}\n" for heredoc in instruction.heredocs)
+        script = f"{command}\n{bodies}"
+    return f"{OPTIONAL_MOUNT.sub('', flags[0])} {_folded(json.dumps([*shell, script]), escape)}"
 
 
 def _copy(instruction: Instruction, files: dict[str, str]) -> str:
-    text = instruction.text
+    text, shift = instruction.text, 0
+    where = f"a Dockerfile's heredoc in line {instruction.number}"
+    if instruction.word == "ONBUILD":
+        raise DataError(f"{where} is copied by ONBUILD, which needs BuildKit: copy a file")
     for heredoc in instruction.heredocs:
         if not heredoc.quoted and "$" in heredoc.body:
             raise DataError(
-                f"a Dockerfile's heredoc <<{heredoc.name} has variables to be filled in, which needs BuildKit: write "
+                f"{where}, <<{heredoc.name}, has variables to be filled in, which needs BuildKit: write "
                 f"<<'{heredoc.name}' if its $ is meant as it stands, or copy a file"
             )
+        if not re.fullmatch(r"[\w.-]+", heredoc.name) or heredoc.name in (".", ".."):
+            raise DataError(f"{where}, <<{heredoc.name}, would be a file of that name: use letters, digits, _ . and -")
         name = f"{HEREDOC_FOLDER}/{len(files)}/{heredoc.name}"
         files[name] = _untabbed(heredoc)
-        text = HEREDOC.sub(lambda _, name=name: name, text, count=1)
+        text = text[: heredoc.start + shift] + name + text[heredoc.end + shift :]
+        shift += len(name) - (heredoc.end - heredoc.start)
     return text
 
 
@@ -198,11 +313,11 @@ def _untabbed(heredoc: Heredoc) -> str:
     return re.sub(r"^\t+", "", heredoc.body, flags=re.MULTILINE) if heredoc.dash else heredoc.body
 
 
-def _folded(text: str) -> str:
+def _folded(text: str, escape: str) -> str:
     """A long line on several, which the engine joins again; none of them may look like a comment or be empty."""
     parts = []
     while len(text) > LONGEST_LINE:
         cut = next(i for i in range(LONGEST_LINE, 0, -1) if text[i].isalnum() and text[i - 1].isalnum())
         parts.append(text[:cut])
         text = text[cut:]
-    return "\\\n".join([*parts, text])
+    return f"{escape}\n".join([*parts, text])

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from envs.harbor.compose import NotOneContainer, compose_file, environment_of
 from envs.harbor.config import Environment, StepTable, TaskToml, read_task_toml, unknown_keys
 from errors import ConfigError, DataError
+from sandbox.dockerfile import for_any_engine
 
 _CANARY = re.compile(r"(<!--.*canary.*-->|#.*canary.*)", re.IGNORECASE)
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
@@ -118,7 +119,7 @@ def load_task(folder: Path, task_id: str | None = None) -> HarborTask:
 
     Raises:
         DataError: naming the file and the field that is missing or wrong.
-        UnsupportedTaskError: the task needs several containers at once, Windows or an allowlist.
+        UnsupportedTaskError: the task needs several containers at once, Windows, an allowlist, or BuildKit.
     """
     toml_path = folder / "task.toml"
     if not toml_path.is_file():
@@ -129,6 +130,9 @@ def load_task(folder: Path, task_id: str | None = None) -> HarborTask:
     steps = [_step(folder, config, table) for table in config.steps] or [_only_step(folder, config)]
     environment = config.environment
     memory = environment.memory_mb if environment.memory_mb is not None else environment.memory
+    apart = {s.grading.apart.context for s in steps if s.grading.apart and s.grading.apart.image is None}
+    for context in apart | ({folder / "environment"} if environment.docker_image is None else set()):
+        _check_dockerfile(context / "Dockerfile")
     return HarborTask(
         task_id=task_id or folder.resolve().name,
         folder=folder.absolute(),
@@ -171,6 +175,15 @@ def _refuse(folder: Path, config: TaskToml) -> None:
         )
     if config.environment.docker_image is None and not (folder / "environment" / "Dockerfile").is_file():
         raise DataError(f"{folder}: environment/Dockerfile is missing, and task.toml names no environment.docker_image")
+
+
+def _check_dockerfile(path: Path) -> None:
+    try:
+        for_any_engine(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+    except DataError as error:
+        raise UnsupportedTaskError(f"{path}: {error}") from None
 
 
 def _agent_network(config: TaskToml) -> str:

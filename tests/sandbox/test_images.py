@@ -64,6 +64,55 @@ def test_what_dockerignore_names_does_not_count(folder: Path):
     assert digest(folder) != before
 
 
+HEREDOCS = r"""# escape=`
+FROM protege-base
+WORKDIR /made
+RUN echo "a <<EOF b" > quoted; python3 -c 'print(1<<3, "1 <<SHIFT")' > printed; SHIFT=1; echo $((1<<SHIFT)) > shifted
+RUN <<ONE cat > one && <<-'TWO' cat > two
+value $((1 + 1))
+ONE
+	# no comment
+	$HOME
+	TWO
+RUN --mount=type=cache,target=/nowhere `
+    # a comment in between
+    <<EOF
+set -e
+printf 'a\n\tb\n' > script
+# a comment of the script
+echo "`pwd`" >> script
+EOF
+RUN <<EOF
+#!/usr/bin/env python3
+open("python", "w").write("EOF \\\n")
+EOF
+SHELL ["/bin/bash", "-eu", "-c"]
+RUN <<EOF
+array=(x y)
+cat <<<"${array[1]}" > bash
+EOF
+COPY <<first.txt <<-"second" /made/
+1 \
+first.txt
+	"2"
+	second
+ONBUILD RUN cat <<EOF > /later
+EOF
+"""
+HEREDOC_FILES = {
+    "quoted": "a <<EOF b\n",
+    "printed": "8 1 <<SHIFT\n",
+    "shifted": "2\n",
+    "one": "value 2\n",
+    "two": "# no comment\n$HOME\n",
+    "script": "a\n\tb\n/made\n",
+    "python": "EOF \\\n",
+    "bash": "y\n",
+    "first.txt": "1 \\\n",
+    "second": '"2"\n',
+}
+
+
 @pytest.mark.docker
 class TestOnAnEngine:
     @pytest.fixture(autouse=True)
@@ -152,6 +201,15 @@ class TestOnAnEngine:
         await sandbox.cleanup()
         sandbox = await factory.create("ubuntu:24.04")
         assert (await sandbox.run_command("true", timeout_s=10)).exit_code == 0
+        await sandbox.cleanup()
+
+    async def test_heredocs_build_what_dockers_own_builder_makes_of_them(
+        self, factory: DockerSandboxFactory, folder: Path
+    ):
+        (folder / "Dockerfile").write_text(HEREDOCS)
+        sandbox = await factory.create(await factory.build_image(folder, timeout_s=120))
+        for path, content in HEREDOC_FILES.items():
+            assert await sandbox.read_file(f"/made/{path}") == content.encode(), path
         await sandbox.cleanup()
 
     async def test_what_is_missing_is_named(self, factory: DockerSandboxFactory, tmp_path: Path):

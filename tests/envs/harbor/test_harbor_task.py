@@ -171,6 +171,16 @@ def test_what_is_not_honoured_is_named(tmp_path: Path, toml: str, note: str):
         ("", {"environment/compose.yaml": "services: {main: {build: {context: ..}}}"}, "services.main.build"),
         ("", {"environment/compose.yaml": "{services: {main: {}}, volumes: {v: {}}}"}, "volumes besides services"),
         ("artifacts = [{source = '/x', service = 'db'}]", {}, "service='db'"),
+        (
+            "",
+            {"dockerfile": "FROM x\nCOPY <<A /a\n$B\nA\n"},
+            "environment/Dockerfile: a Dockerfile's heredoc",
+        ),
+        (
+            "[verifier]\nenvironment_mode='separate'",
+            {"tests/Dockerfile": "FROM x\nRUN <<A\n"},
+            "tests/Dockerfile: a Dockerfile's heredoc <<A in line 2 has no end",
+        ),
         ("[verifier]\nenvironment_mode='separate'\nnetwork_mode='allowlist'", {}, "verifier.network_mode='allowlist'"),
         ("[environment]\nos = 'Windows'", {}, "environment.os='windows'"),
         ("[environment]\nallow_internet = false\nallowed_hosts = ['x.org']", {}, "network_mode='allowlist'"),
