@@ -138,7 +138,7 @@ class CausalLM:
             if self.compute_dtype == torch.float32
             else torch.autocast(self.device.type, dtype=self.compute_dtype)
         )
-        with cast, self._reading_with_its_adapters():
+        with cast, self.reading_with_its_adapters():
             yield
 
     @cached_property
@@ -146,7 +146,8 @@ class CausalLM:
         return [m for m in self.model.modules() if isinstance(m, BaseTunerLayer | ModulesToSaveWrapper)]
 
     @contextmanager
-    def _reading_with_its_adapters(self) -> Iterator[None]:
+    def reading_with_its_adapters(self) -> Iterator[None]:
+        """Those adapters are active meanwhile."""
         if self.adapters is None:
             yield
             return

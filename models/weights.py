@@ -44,7 +44,9 @@ class LMWeights:
     def _save(self, folder: Path, *, merged: bool) -> None:
         model: Any = self._lm.model
         model = model.get_base_model() if self.has_adapter else model
-        model.save_pretrained(folder, state_dict=self._state(model, merged))
+        with self._lm.reading_with_its_adapters():  # a teacher's may be others than the student's on the same base
+            state = self._state(model, merged)
+        model.save_pretrained(folder, state_dict=state)
 
     def _state(self, model: Any, merged: bool) -> dict[str, Tensor]:
         """By the names of the model without its adapter, each tensor once however many names it has."""

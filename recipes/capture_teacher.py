@@ -3,6 +3,8 @@
     .venv/bin/python -m recipes.capture_teacher
     .venv/bin/python -m recipes.capture_teacher teacher_model=./teacher dataset=answers.jsonl top_k=32
     .venv/bin/python -m recipes.capture_teacher teacher_model=./teacher dataset=prompts.jsonl completions=teacher
+    .venv/bin/python -m recipes.capture_teacher teacher.url=http://host:8000 sampler.url=http://host:8000 \
+        dataset=prompts.jsonl completions=teacher
     .venv/bin/python -m recipes.capture_teacher teacher_model=./teacher model_name=./student completions=saved \
         episodes_path=runs/mine
 
@@ -22,6 +24,8 @@ from typing import Any, Literal
 import anyio
 import anyio.to_thread
 import chz
+import numpy as np
+from torch import Tensor
 
 from envs.datasets import Dataset, Row, fingerprint
 from envs.given import GivenGroupBuilder, answer_ids, given_answer
@@ -32,11 +36,13 @@ from envs.types import Episode, EpisodeLog, Observation, SamplingParams, StopRea
 from errors import ConfigError, DataError
 from models.device_thread import compute
 from models.loading import load_config
-from models.transformers_sampler import TransformersSampler
-from models.types import Scorer, TeacherTopK
-from recipes import setup
+from models.types import Sampler, Scorer, Signal, TeacherTopK, TeacherView
+from models.vllm.handover import ALLOWED
+from models.vllm.preflight import Asked
+from recipes import samplers, setup
 from recipes.cli import run_cli
 from recipes.config import DEFAULT_TOP_K, TrainConfig
+from recipes.sampler_config import SamplerConfig, TransformersConfig, sampler_field, servers_of
 from recipes.served import ServerOptions
 from recipes.teachers import refuse_ema
 from training.capture import CaptureHeader, CaptureWriter, captured
@@ -83,6 +89,9 @@ class Config:
     max_tokens: int | None = chz.field(
         default=None, doc=f"completions=teacher: longest answer, in tokens; default {DEFAULT_MAX_TOKENS}"
     )
+    sampler: SamplerConfig = sampler_field(
+        ". For completions=teacher; servers must serve the teacher, and keep their weights"
+    )
     top_k: int = chz.field(default=DEFAULT_TOP_K, doc="tokens kept at every position")
     temperature: float = chz.field(default=1.0, doc="of the teacher's logprobs and of its answers")
     output_path: str = chz.field(
@@ -108,11 +117,7 @@ class Config:
                 "missing: teacher_model\n  teacher_model=  (str), in whose format the sequences are written; with "
                 "teacher.url, model_name= does as well\n--help lists every option"
             )
-        if self.completions == "teacher" and self.teacher.url:
-            raise ConfigError(
-                "completions=teacher samples from the teacher, whose weights are not here but at teacher.url: capture "
-                "given or saved completions, or load the teacher"
-            )
+        self._check_sampler()
         saved = self.completions == "saved"
         if saved != (self.episodes_path is not None):
             raise ConfigError("completions=saved and episodes_path go together: give both, or neither")
@@ -126,6 +131,19 @@ class Config:
             raise ConfigError(f"output_path={self.output_path}: its folder does not exist")
         refuse_ema(self.teacher_model)
         self.as_training()
+
+    def _check_sampler(self) -> None:
+        if self.completions != "teacher" and self.sampler != TransformersConfig():
+            raise ConfigError(
+                f"completions={self.completions} are not sampled: leave the sampler's options out, or set "
+                "completions=teacher"
+            )
+        if self.completions == "teacher" and self.teacher.url and not servers_of(self.sampler):
+            raise ConfigError(
+                "completions=teacher samples from the teacher, whose weights are not here but at teacher.url: give "
+                "sampler.url, a vLLM server that serves it (teacher.url itself, if it is one), or capture given or "
+                "saved completions, or load the teacher"
+            )
 
     def as_training(self) -> TrainConfig:
         """The same models as a training run would see them, which is how they are loaded and checked."""
@@ -146,6 +164,8 @@ class Config:
             device=self.device,
             dtype=self.dtype,
             micro_batch_tokens=self.micro_batch_tokens,
+            sampler_slots=BATCH,
+            sampler=TransformersConfig() if servers_of(self.sampler) else self.sampler,  # they are not the student's
             seed=self.seed,
         )
 
@@ -180,6 +200,7 @@ class Checked:
     models: setup.CheckedModels
     header: CaptureHeader
     saved: Mapping[str, Episode]  # by row id; empty unless that is what is captured
+    sampled_at: Asked | None = None  # servers that sample the teacher
 
 
 def check(config: Config) -> Checked:
@@ -194,7 +215,12 @@ def check(config: Config) -> Checked:
         data = _rows(config)
         name, rows, saved, models = data.name, data.train, {}, setup.check_models(training)
     header = _header(config, training, name, rows, models, saved)
-    checked = Checked(rows, models, header, saved)
+    asked = samplers.asked_servers(config.sampler, config.teacher.served_model)
+    if asked is not None:
+        servers = samplers.check_teacher_servers(asked, models.only_teacher.renderer.tokenizer)
+        length = min(server.max_model_len for server in servers)
+        models = models.with_length(length, f"{asked.urls[0]} reads {length} tokens, its --max-model-len")
+    checked = Checked(rows, models, header, saved, asked)
     _check_lengths(config, checked)
     return checked
 
@@ -289,18 +315,27 @@ async def _capture(config: Config, checked: Checked) -> None:
 
 async def _write(config: Config, checked: Checked, writer: CaptureWriter) -> None:
     training, models = config.as_training(), checked.models
-    teacher = models.only_teacher
+    teacher, sampler, lm = models.only_teacher, None, None
     if teacher.served is not None:
-        await _score_all(config, checked, writer, teacher.served.make_scorer(teacher.name), None)
+        scorer = teacher.served.make_scorer(teacher.name)
+    else:
+        lm = await compute(setup.load_teacher, training, models, teacher.source)
+        scorer = setup.local_scorer(training, models, teacher.name, lm)
+    if config.completions != "teacher":
+        await _score_all(config, checked, writer, scorer, None)
         return
-    lm = await compute(setup.load_teacher, training, models, teacher.source)
-    scorer = setup.local_scorer(training, models, teacher.name, lm)
-    async with TransformersSampler(lm, teacher.renderer.tokenizer, slots=BATCH) as sampler:
-        await _score_all(config, checked, writer, scorer, sampler)
+    tokenizer, folder = teacher.renderer.tokenizer, Path(config.output_path).absolute().parent
+    if checked.sampled_at is not None:
+        sampler, lm = samplers.make_serving_sampler(training, checked.sampled_at, tokenizer, folder=folder), None
+    else:
+        assert lm is not None  # refused of a teacher on a server
+        sampler = samplers.make_teacher_sampler(training, lm, tokenizer, folder=folder)
+    async with samplers.sampling(sampler, lm) as running:
+        await _score_all(config, checked, writer, scorer, running)
 
 
 async def _score_all(
-    config: Config, checked: Checked, writer: CaptureWriter, scorer: Scorer, sampler: TransformersSampler | None
+    config: Config, checked: Checked, writer: CaptureWriter, scorer: Scorer, sampler: Sampler | None
 ) -> None:
     teacher, rows = checked.models.only_teacher, checked.rows
     # why: batches by position, not of what is left: a capture that went on then rounds like one that did not
@@ -309,19 +344,43 @@ async def _score_all(
         if all(row.row_id in writer.done for row in batch):
             continue
         episodes = await _episodes(config, checked, batch, sampler)
-        signals = await scorer.score([teacher.views.view(e) for e in episodes], TeacherTopK(config.top_k))
+        views = [teacher.views.view(episode) for episode in episodes]
+        signals = await scorer.score(views, TeacherTopK(config.top_k))
+        if checked.sampled_at is not None:
+            _check_it_served_the_teacher(checked.sampled_at, episodes, views, signals)
         found = [captured(e, s) for e, s in zip(episodes, signals, strict=True) if e.row_id not in writer.done]
         await anyio.to_thread.run_sync(writer.append, found)
         print(f"{min(start + BATCH, len(rows))} of {len(rows)} examples")
 
 
-async def _episodes(
-    config: Config, checked: Checked, rows: Sequence[Row], sampler: TransformersSampler | None
-) -> list[Episode]:
+def _check_it_served_the_teacher(
+    asked: Asked, episodes: Sequence[Episode], views: Sequence[TeacherView], signals: Sequence[Signal]
+) -> None:
+    """Raises `ConfigError` if answers are less likely, or likelier, to the teacher than to what sampled them."""
+    gaps = np.concatenate(
+        [
+            np.abs(episode.sampler_logprobs[view.student_positions] - _logprobs(signal).numpy())
+            for episode, view, signal in zip(episodes, views, signals, strict=True)
+        ]
+    )
+    if not (gap := float(gaps.mean())) <= (allowed := ALLOWED["bfloat16"]):
+        raise ConfigError(
+            f"{asked.option}={','.join(asked.urls)}: the logprobs of its answers differ from the teacher's by "
+            f"{gap:.2g} nats a token, more than {allowed}: it serves another model, or other weights. Nothing of these "
+            "answers was written. Start it with the teacher's folder or hub id"
+        )
+
+
+def _logprobs(signal: Signal) -> Tensor:
+    assert signal.logprobs is not None
+    return signal.logprobs
+
+
+async def _episodes(config: Config, checked: Checked, rows: Sequence[Row], sampler: Sampler | None) -> list[Episode]:
     if checked.saved:
         return [checked.saved[row.row_id] for row in rows]
     if config.completions == "teacher":
-        assert sampler is not None  # refused of a teacher on a server
+        assert sampler is not None
         episodes = await _sampled(config, checked, rows, sampler)
         await sampler.sleep()
         return episodes
@@ -332,9 +391,7 @@ async def _episodes(
     ]
 
 
-async def _sampled(
-    config: Config, checked: Checked, rows: Sequence[Row], sampler: TransformersSampler
-) -> list[Episode]:
+async def _sampled(config: Config, checked: Checked, rows: Sequence[Row], sampler: Sampler) -> list[Episode]:
     """The teacher's answers to its own prompts, after the student's prompts and with the student's end of turn."""
     teacher, student = checked.models.only_teacher, checked.models.student_renderer
     swap = teacher.views.swap

@@ -170,6 +170,9 @@ class OnPolicyConfig(StudentConfig):
     def aligns_by_bytes(self) -> bool:
         return self.teacher_alignment == "bytes"
 
+    def samples_teachers(self) -> bool:
+        return self.eval_teacher
+
     def loop(self, steps_of_one_epoch: int) -> LoopConfig:
         return replace(
             super().loop(steps_of_one_epoch),
@@ -211,10 +214,6 @@ class TrainConfig(OnPolicyConfig):
                 "--help lists every option"
             )
         check_server(self.teacher, self.teacher_checkpoint, "teacher_checkpoint")
-        if self.teacher.url and self.eval_teacher:
-            raise ConfigError(
-                "eval_teacher=True samples from the teacher, whose weights are at teacher.url, not here: leave it out"
-            )
 
     @property
     def teacher_name(self) -> str:

@@ -3,6 +3,7 @@
     python -m recipes.evaluate model_name=embedded:student dataset=arithmetic
     python -m recipes.evaluate model_name=./run/checkpoints/step_000100 dataset=gsm8k teacher_model=./teacher
     python -m recipes.evaluate model_name=./run/checkpoints/step_000100 dataset=gsm8k teacher.url=http://host:8000
+    python -m recipes.evaluate model_name=./run/checkpoints/step_000100 dataset=gsm8k sampler=vllm
 
 Prints a table, and with `output_path=` writes the numbers as JSON.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,9 +23,10 @@ from envs.datasets import Dataset
 from envs.sources import load_eval_rows
 from errors import ConfigError, DataError
 from models.device_thread import compute
-from recipes import setup
+from recipes import samplers, setup
 from recipes.cli import run_cli
 from recipes.config import TrainConfig
+from recipes.sampler_config import SamplerConfig, sampler_field
 from recipes.served import ServerOptions
 from recipes.teachers import refuse_ema
 from training.atomic import write_atomic
@@ -58,6 +61,7 @@ class Config:
     max_tokens: int = chz.field(default=512, doc="longest answer, in tokens")
     system_prompt: str | None = chz.field(default=None, doc="system message for rows that have none")
     chat_template_kwargs: str = chz.field(default="{}", doc="JSON object for the chat template")
+    sampler: SamplerConfig = sampler_field()
     sampler_slots: int = chz.field(default=64, doc="largest batch of concurrent generation")
     device: str = chz.field(default="auto", doc="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16"] = chz.field(default="auto", doc="of the computation")
@@ -92,6 +96,7 @@ class Config:
             chat_template_kwargs=self.chat_template_kwargs,
             temperature=self.temperature,
             max_tokens=self.max_tokens,
+            sampler=self.sampler,
             sampler_slots=self.sampler_slots,
             device=self.device,
             dtype=self.dtype,
@@ -105,6 +110,7 @@ def main(config: Config) -> None:
     data = load_eval_rows(config.dataset, config.dataset_path, eval_size=config.eval_size, seed=config.seed)
     if not data.test:
         raise DataError(f"{data.name} has no held-out rows")
+    data = replace(data, train=[])  # whose lengths are nobody's concern here
     training = config.as_training()
     models = setup.check_models(training)
     data = setup.check_prompt_lengths(
@@ -134,13 +140,15 @@ async def _evaluate(
     elif config.teacher_model is not None:
         lm = await compute(setup.load_teacher, training, models, models.only_teacher.source)
         teachers = {config.teacher_model: lm}
-    parts = setup.assemble(training, models, student, teachers)
+    parts = setup.assemble(
+        training, models, student, teachers, folder=Path(config.output_path or "-").absolute().parent
+    )
     rows = setup.eval_set(data, models.student_renderer, lambda row: training.teacher_name, config.max_tokens)
     judge = Judge(parts.learner, parts.teachers, parts.exact) if config.has_teacher else None
-    async with parts.sampler:
+    async with samplers.sampling(parts.sampler, student) as sampler:
         return await evaluate(
             rows,
-            parts.sampler,
+            sampler,
             models.student_renderer,
             temperature=config.temperature,
             samples=config.samples,

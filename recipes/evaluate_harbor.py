@@ -2,7 +2,7 @@
 
     python -m recipes.evaluate_harbor agent=oracle
     python -m recipes.evaluate_harbor model_name=./student dataset=./terminal-bench samples=4
-    python -m recipes.evaluate_harbor model_name=Qwen/Qwen3-4B dataset=starter max_turns=20
+    python -m recipes.evaluate_harbor model_name=Qwen/Qwen3-4B dataset=starter max_turns=20 sampler.url=http://host:8000
 
 Prints the pass rate with its error, why episodes ended, and what they cost. Every attempt's transcript is
 kept. Stop it whenever you like: the same command goes on with the attempts that are missing.
@@ -34,16 +34,18 @@ from envs.rollout import derive_seed, run_group
 from envs.types import Episode, StopReason
 from errors import ConfigError, DataError, InfrastructureError, NoSignalError
 from models.device_thread import compute_blocking
-from models.transformers_sampler import TransformersSampler
 from models.types import Sampler
-from recipes import setup
+from recipes import samplers, setup
 from recipes.cli import run_cli
 from recipes.config import TrainConfig
 from recipes.harbor_setup import HarborOptions, check_lengths, group_builder, prepare_engine, sandboxes_of
+from recipes.sampler_config import SamplerConfig, TransformersConfig, sampler_field
 from training.atomic import dumps, write_atomic
 from training.run_dir import Behavior, RunDir, open_run_dir
 
-MAY_DIFFER = frozenset({"behavior_if_log_dir_exists", "log_path", "max_sandboxes", "sampler_slots", "device"})
+MAY_DIFFER = frozenset(
+    {"behavior_if_log_dir_exists", "log_path", "max_sandboxes", "sampler", "sampler_slots", "device"}
+)
 PASSED = 1.0
 
 
@@ -59,6 +61,7 @@ class Config(HarborOptions):
     samples: int = chz.field(default=1, doc="attempts at each task")
     temperature: float = chz.field(default=1.0, doc="of sampling; 0 is greedy")
     chat_template_kwargs: str = chz.field(default="{}", doc="JSON object for the chat template")
+    sampler: SamplerConfig = sampler_field()
     sampler_slots: int = chz.field(default=64, doc="largest batch of concurrent generation")
     device: str = chz.field(default="auto", doc="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16"] = chz.field(default="auto", doc="of the computation")
@@ -72,6 +75,8 @@ class Config(HarborOptions):
     def _check(self) -> None:
         if (self.agent == "model") != (self.model_name is not None):
             raise ConfigError(f"agent={self.agent}: model_name is for agent=model, which needs it")
+        if self.agent != "model" and self.sampler != TransformersConfig():
+            raise ConfigError(f"agent={self.agent} samples from no model: leave the sampler's options out")
         if self.samples < 1:
             raise ConfigError(f"samples={self.samples}: expected 1 or more")
         if not self.temperature >= 0:
@@ -90,6 +95,7 @@ class Config(HarborOptions):
             system_prompt=self.system_prompt or None,
             chat_template_kwargs=self.chat_template_kwargs,
             max_tokens=self.max_tokens,
+            sampler=self.sampler,
             sampler_slots=self.sampler_slots,
             device=self.device,
             dtype=self.dtype,
@@ -137,7 +143,7 @@ def main(config: Config) -> None:
     with run_dir:
         store = Store(run_dir.episodes_path / "step_000000.jsonl")  # the names of a run's own files
         lm = None if models is None else compute_blocking(_load, config, models)
-        anyio.run(_evaluate, config, data, models, lm, store, sandboxes_of(run_dir.path, config))
+        anyio.run(_evaluate, config, data, models, lm, store, sandboxes_of(run_dir.path, config), run_dir.path)
         metrics = summary(list(store.records.values()))
         run_dir.truncate_metrics(-1)  # what an earlier part of this evaluation summed up
         run_dir.append_metrics({"step": 0, **metrics})
@@ -199,6 +205,7 @@ async def _evaluate(
     lm: Any,
     store: Store,
     sandboxes: DockerSandboxes,
+    folder: Path,
 ) -> None:
     missing = store.missing(data, config.samples)
     print(f"{len(missing)} of {len(data.tasks) * config.samples} attempts to make")
@@ -206,7 +213,8 @@ async def _evaluate(
         await _run_all(missing, store, lambda task, k: solve(config, task, k, sandboxes))
         return
     renderer = models.student_renderer
-    async with TransformersSampler(lm, renderer.tokenizer, slots=config.sampler_slots) as sampler:
+    made = samplers.make_sampler(config.as_training(), lm, renderer.tokenizer, servers=models.servers, folder=folder)
+    async with samplers.sampling(made, lm) as sampler:
         await _run_all(missing, store, lambda task, k: play(config, data, task, k, renderer, sampler, sandboxes))
 
 

@@ -1,23 +1,26 @@
-"""The options of the student's engine: `sampler=transformers`, `sampler=vllm`, or the URLs of vLLM servers."""
+"""The options of what samples: `sampler=transformers`, `sampler=vllm`, or the URLs of vLLM servers."""
 
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 from urllib.parse import urlsplit
 
 import chz
 
 from errors import ConfigError
+from recipes.cli import ByName
+from recipes.tokens import check_one_place, read_token
 
 
 @chz.chz
 class SamplerConfig:
-    """Of every engine."""
+    """Of whatever samples."""
 
 
 @chz.chz
 class TransformersConfig(SamplerConfig):
-    """In this process, on the learner's own weights."""
+    """In this process, on the very weights that were loaded."""
 
 
 @chz.chz
@@ -27,6 +30,10 @@ class VLLMConfig(SamplerConfig):
     url: str | None = chz.field(
         default=None, doc="vLLM servers, with commas between them: sample there, not in this process (docs/vllm.md)"
     )
+    token_env: str | None = chz.field(
+        default=None, doc="url: environment variable that holds the servers' token (vLLM's --api-key)"
+    )
+    token_file: str | None = chz.field(default=None, doc="url: file that holds the servers' token")
     timeout_s: float = chz.field(default=1800.0, doc="vllm: longest wait for one turn; then its episode is dropped")
     patience_s: float = chz.field(default=30.0, doc="url: how long all servers may be away before the run ends")
     gpu_memory_utilization: float = chz.field(
@@ -54,8 +61,11 @@ class VLLMConfig(SamplerConfig):
             raise ConfigError(
                 f"sampler.gpu_memory_utilization={self.gpu_memory_utilization}: expected more than 0, at most 1"
             )
+        check_one_place(self.token_env, self.token_file, prefix="sampler.")
         if self.url is not None:
             self._check_url_alone()
+        elif (place := self.token_env or self.token_file) is not None:
+            raise ConfigError(f"the token in {place} is for servers: give sampler.url too, or leave it out")
 
     def _check_url_alone(self) -> None:
         own = {name: getattr(self, name) for name in _IN_PROCESS}
@@ -72,9 +82,18 @@ class VLLMConfig(SamplerConfig):
         urls = [url.strip().rstrip("/") for url in (self.url or "").split(",")]
         for url in urls:
             parts = urlsplit(url)
+            if parts.username is not None or parts.password is not None:
+                raise ConfigError(  # what is in an option is saved in config.json
+                    "sampler.url holds a user or a password: leave it out, and give the token with sampler.token_env "
+                    "or sampler.token_file"
+                )
             if parts.scheme not in ("http", "https") or not parts.hostname or parts.path or parts.query:
                 raise ConfigError(f"sampler.url={self.url}: {url!r} is not http://host:port")
         return list(dict.fromkeys(urls))
+
+    def token(self) -> str | None:
+        """Read now. Raises `ConfigError`."""
+        return read_token(self.token_env, self.token_file, prefix="sampler.")
 
 
 _IN_PROCESS = (
@@ -82,6 +101,21 @@ _IN_PROCESS = (
 )  # fmt: skip
 
 ENGINES: dict[str, type[SamplerConfig]] = {"transformers": TransformersConfig, "vllm": VLLMConfig}
+
+
+def sampler_field(doc: str = "") -> Any:
+    """The option `sampler` of a recipe's config; `doc`: what is special there."""
+    return chz.field(
+        default=TransformersConfig(),
+        meta_factory=ByName(ENGINES, implied="vllm"),
+        doc="transformers: in this process, on the very weights that were loaded; vllm: on a copy, faster on GPUs "
+        f"(docs/vllm.md). Any of the options below implies vllm{doc}",
+    )
+
+
+def servers_of(config: SamplerConfig) -> list[str]:
+    """The URLs that it samples at; none: in this process."""
+    return config.urls() if isinstance(config, VLLMConfig) and config.url is not None else []
 
 
 def check_installed(config: SamplerConfig) -> None:

@@ -1,25 +1,77 @@
-"""The student's engine, made as the options say."""
+"""What samples, made as the options say: the student's engine, and what samples from a teacher."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
+import anyio
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from errors import ConfigError
 from models.causal_lm import CausalLM
 from models.transformers_sampler import TransformersSampler
 from models.types import Sampler
 from models.vllm.handover import Model
 from models.vllm.in_process import EngineOptions, InProcessEngine
-from models.vllm.preflight import ServerFacts
+from models.vllm.preflight import Asked, ServerFacts, check_servers, check_serving
 from models.vllm.sampler import VLLMSampler, Waits
 from models.vllm.server import ServerEngine
-from recipes.sampler_config import VLLMConfig
+from models.weights import LMWeights
+from recipes.sampler_config import SamplerConfig, VLLMConfig, servers_of
 from recipes.student_config import StudentConfig
+from recipes.teachers import CheckedTeacher, TeacherSpec
 
 CPU_KV_CACHE_GIB = 1.0
+
+
+def asked_servers(options: SamplerConfig, model: str | None = None) -> Asked | None:
+    """The servers of the option `sampler.url`, if there are any. Raises `ConfigError`."""
+    if not (urls := servers_of(options)):
+        return None
+    assert isinstance(options, VLLMConfig)
+    return Asked(tuple(urls), options.token(), model, timeout_s=options.timeout_s, patience_s=options.patience_s)
+
+
+def check_student_servers(
+    config: StudentConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> tuple[ServerFacts, ...]:
+    """Raises `ConfigError` for a server that the student's weights cannot be handed to."""
+    if (asked := asked_servers(config.sampler)) is None:
+        return ()
+    dtype = dtype_name(config.compute_dtype(device))
+
+    async def check() -> list[ServerFacts]:
+        return await check_servers(asked, tokenizer, dtype=dtype, lora_rank=config.lora_rank)
+
+    return tuple(anyio.run(check))
+
+
+def check_teacher_servers(asked: Asked, tokenizer: PreTrainedTokenizerBase) -> tuple[ServerFacts, ...]:
+    """Raises `ConfigError` for a server that nobody can sample from."""
+    return tuple(anyio.run(check_serving, asked, tokenizer))
+
+
+def check_sampled_teachers(
+    config: StudentConfig, specs: Sequence[TeacherSpec], teachers: Mapping[str, CheckedTeacher]
+) -> dict[str, Asked]:
+    """Where to sample from the teachers that servers hold. Raises `ConfigError` for a server that only scores."""
+    found = {}
+    for spec in specs:
+        if config.samples_teachers() and spec.server.url:
+            access = spec.server.access()
+            asked = Asked(
+                access.urls, access.token, spec.server.served_model, f"{spec.server_option}url",
+                patience_s=access.patience_s,
+            )  # fmt: skip
+            try:
+                check_teacher_servers(asked, teachers[spec.name].renderer.tokenizer)
+            except ConfigError as error:
+                raise ConfigError(f"{error}. Or leave eval_teacher out: it samples from teacher {spec.name}") from error
+            found[spec.name] = asked
+    return found
 
 
 def make_sampler(
@@ -30,30 +82,78 @@ def make_sampler(
     servers: Sequence[ServerFacts],
     folder: Path | None,
 ) -> Sampler:
-    """`folder`: of the run, which engines that keep a copy of the weights are handed them in."""
+    """`folder`: which engines that keep a copy of the weights are handed them in."""
     options = config.sampler
     if not isinstance(options, VLLMConfig):
         return TransformersSampler(student, tokenizer, slots=config.sampler_slots)
-    assert folder is not None, "engines with a copy of the weights belong to a run"
-    model = Model(folder, tokenizer, dtype_name(student.compute_dtype))
-    engines = (
-        [ServerEngine(server.url, takes_adapters=server.takes_adapters) for server in servers]
-        if options.url is not None
-        else [InProcessEngine(engine_options(config, options, student.device, student.compute_dtype))]
-    )
+    assert folder is not None, "engines with a copy of the weights are handed them in a folder"
+    if options.url is None:
+        return _in_process(config, options, student, tokenizer, folder, lora_rank=config.lora_rank)
+    token = options.token()
     return VLLMSampler(
-        engines,
-        model,
+        [ServerEngine(server.url, takes_adapters=server.takes_adapters, token=token) for server in servers],
+        Model(folder, tokenizer, dtype_name(student.compute_dtype)),
+        temperature=config.comparison_temperature(),
+        slots=config.sampler_slots,
+        waits=Waits(options.timeout_s, options.patience_s),
+    )
+
+
+def make_teacher_sampler(
+    config: StudentConfig, teacher: CausalLM, tokenizer: PreTrainedTokenizerBase, *, folder: Path
+) -> Sampler:
+    """Of a teacher that is loaded here. Servers of `config` are the student's: it is not for them."""
+    options = config.sampler
+    if isinstance(options, VLLMConfig) and options.url is None:
+        return _in_process(config, options, teacher, tokenizer, folder, lora_rank=0)
+    return TransformersSampler(teacher, tokenizer, slots=config.sampler_slots)
+
+
+def make_serving_sampler(
+    config: StudentConfig, asked: Asked, tokenizer: PreTrainedTokenizerBase, *, folder: Path
+) -> Sampler:
+    """Of a model that servers hold: their weights are used as they are."""
+    return VLLMSampler(
+        [ServerEngine(url, token=asked.token) for url in asked.urls],
+        Model(folder, tokenizer, "bfloat16"),
+        temperature=config.comparison_temperature(),
+        slots=config.sampler_slots,
+        waits=Waits(asked.timeout_s, asked.patience_s),
+        served=asked.model,
+    )
+
+
+@asynccontextmanager
+async def sampling(sampler: Sampler, lm: CausalLM | None) -> AsyncIterator[Sampler]:
+    """The sampler, running, on the weights of `lm`; without one, on those that its servers have."""
+    async with sampler:
+        if lm is not None:
+            await sampler.update_weights(LMWeights(lm), 0)
+        yield sampler
+
+
+def _in_process(
+    config: StudentConfig,
+    options: VLLMConfig,
+    lm: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    lora_rank: int,
+) -> VLLMSampler:
+    return VLLMSampler(
+        [InProcessEngine(engine_options(config, options, lm.device, lm.compute_dtype, lora_rank=lora_rank))],
+        Model(folder, tokenizer, dtype_name(lm.compute_dtype)),
         temperature=config.comparison_temperature(),
         slots=config.sampler_slots,
         # An engine in this process that has died does not come back; a second, because it is also how often requests
         # that wait for a place look.
-        waits=Waits(options.timeout_s, options.patience_s if options.url is not None else 1.0),
+        waits=Waits(options.timeout_s, patience_s=1.0),
     )
 
 
 def engine_options(
-    config: StudentConfig, options: VLLMConfig, device: torch.device, dtype: torch.dtype
+    config: StudentConfig, options: VLLMConfig, device: torch.device, dtype: torch.dtype, *, lora_rank: int
 ) -> EngineOptions:
     on_cpu = device.type == "cpu"
     return EngineOptions(
@@ -64,7 +164,7 @@ def engine_options(
         kv_cache_gib=CPU_KV_CACHE_GIB if options.kv_cache_gib is None and on_cpu else options.kv_cache_gib,
         enforce_eager=options.enforce_eager,
         tensor_parallel_size=options.tensor_parallel_size,
-        lora_rank=config.lora_rank,
+        lora_rank=lora_rank,
         sleeps=options.sleep and not on_cpu,
         seed=config.seed,
     )
@@ -82,7 +182,7 @@ def memory_lines(config: StudentConfig, device: torch.device, dtype: torch.dtype
         return []
     if options.url is not None:
         return [f"vLLM: {len(options.urls())} server(s), with memory of their own"]
-    engine = engine_options(config, options, device, dtype)
+    engine = engine_options(config, options, device, dtype, lora_rank=config.lora_rank)
     if device.type == "cpu":
         return [f"vLLM: a copy of the student in {engine.dtype}, and {engine.kv_cache_gib:g} GiB for keys and values"]
     total = torch.cuda.get_device_properties(device).total_memory / 2**30 if torch.cuda.is_available() else None

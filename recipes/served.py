@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import chz
@@ -23,6 +20,7 @@ from models.vllm import teacher_server as vllm
 from models.vllm.scorer import VllmScorer
 from recipes import own_service
 from recipes.own_service import OBJECTIVES_WITHOUT_WHOLE_DISTRIBUTIONS, OwnService
+from recipes.tokens import check_one_place, read_token
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +45,7 @@ class ServerOptions:
         given = [name for name in _OF_A_SERVER if getattr(self, name) != chz.chz_fields(ServerOptions)[name]._default]
         if given and not self.url:
             raise ConfigError(f"{given[0]} is of a teacher on a server: give its url too, or leave it out")
-        if self.token_env is not None and self.token_file is not None:
-            raise ConfigError("token_env and token_file both say where the token is: give one of them")
+        check_one_place(self.token_env, self.token_file)
         if not 0 < self.timeout_s < float("inf"):
             raise ConfigError(f"timeout_s={self.timeout_s}: expected a positive number")
         if not 0 <= self.patience_s < float("inf"):
@@ -57,23 +54,9 @@ class ServerOptions:
     def access(self) -> Access:
         """With the token, read now. Raises `ConfigError`."""
         urls = tuple(url.rstrip("/").removesuffix("/v1") for url in self.url)
-        return Access(urls, self._token(), timeout_s=self.timeout_s, patience_s=self.patience_s)
-
-    def _token(self) -> str | None:
-        if self.token_env is not None:
-            token = os.environ.get(self.token_env, "").strip()
-            if not re.fullmatch(r"[!-~]+", token):
-                raise ConfigError(f"token_env={self.token_env}: this variable is not set, or holds no ASCII token")
-            return token
-        if self.token_file is None:
-            return None
-        try:
-            token = Path(self.token_file).expanduser().read_text().strip()
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"token_file={self.token_file}: cannot be read ({type(error).__name__})") from error
-        if not re.fullmatch(r"[!-~]+", token):
-            raise ConfigError(f"token_file={self.token_file}: expected one line, the token, in ASCII without spaces")
-        return token
+        return Access(
+            urls, read_token(self.token_env, self.token_file), timeout_s=self.timeout_s, patience_s=self.patience_s
+        )
 
 
 _OF_A_SERVER = ("served_model", "token_env", "token_file", "timeout_s", "patience_s")

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import anyio
 import torch
 from transformers import PreTrainedModel
 
@@ -31,7 +30,7 @@ from models.on_demand import OnDemandScorer, Shelf
 from models.sources import ModelSource, check_source, context_length
 from models.transformers_scorer import TransformersScorer
 from models.types import Sampler, Scorer
-from models.vllm.preflight import ServerFacts, check_servers
+from models.vllm.preflight import Asked, ServerFacts
 from recipes import samplers
 from recipes.sampler_config import VLLMConfig, check_installed
 from recipes.student_config import StudentConfig
@@ -60,6 +59,7 @@ class CheckedModels:
     shared_weights: str | None  # a LoRA student's base: a teacher of these weights is not loaded again
     blends: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # by name, the members' weights
     servers: tuple[ServerFacts, ...] = ()  # that sample the student
+    sampled_at: Mapping[str, Asked] = field(default_factory=dict)  # by name, where teachers on servers are sampled
     teachers_at_a_time: int | None = None  # of those with weights of their own; None: all
 
     @property
@@ -69,6 +69,12 @@ class CheckedModels:
         own = [b for b, groups in bases.items() if b != self.shared_weights and groups[0][0].ema_decay is None]
         few = self.teachers_at_a_time is None or len(own) <= self.teachers_at_a_time
         return frozenset() if few else frozenset(own)
+
+    def with_length(self, length: int, limit: str) -> CheckedModels:
+        """Where something reads no more than `length` tokens: `limit` says what."""
+        if self.context_length is not None and self.context_length <= length:
+            return self
+        return replace(self, context_length=length, context_limit=limit)
 
     def readers(self, name: str) -> list[CheckedTeacher]:
         """The teacher of that name, or those of the blend."""
@@ -108,7 +114,8 @@ def check_models(config: StudentConfig, *, tools: bool = False) -> CheckedModels
                 f"teacher {foreign} has another tokenizer, and the blend {name!r} mixes distributions over one "
                 "vocabulary. Route rows to it instead, or give it blend_weight=0"
             )
-    servers = _check_servers(config, student_renderer, device)
+    servers = samplers.check_student_servers(config, student_renderer.tokenizer, device)
+    sampled_at = samplers.check_sampled_teachers(config, specs, teachers)
     context_length, context_limit = _context(config, student, teachers, servers)
     return CheckedModels(
         student=student,
@@ -123,19 +130,8 @@ def check_models(config: StudentConfig, *, tools: bool = False) -> CheckedModels
         blends=blends,
         servers=servers,
         teachers_at_a_time=config.teachers_at_a_time(),
+        sampled_at=sampled_at,
     )
-
-
-def _check_servers(config: StudentConfig, student: Renderer, device: torch.device) -> tuple[ServerFacts, ...]:
-    if not isinstance(config.sampler, VLLMConfig) or config.sampler.url is None:
-        return ()
-
-    async def check() -> list[ServerFacts]:
-        assert isinstance(config.sampler, VLLMConfig)
-        dtype = samplers.dtype_name(config.compute_dtype(device))
-        return await check_servers(config.sampler.urls(), student.tokenizer, dtype=dtype, lora_rank=config.lora_rank)
-
-    return tuple(anyio.run(check))
 
 
 def _check_can_be_averaged(adapter: ModelSource) -> None:

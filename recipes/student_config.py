@@ -15,8 +15,7 @@ import torch
 
 from errors import ConfigError
 from models.types import SignalKind, SignalSpec
-from recipes.cli import ByName
-from recipes.sampler_config import ENGINES, SamplerConfig, TransformersConfig
+from recipes.sampler_config import SamplerConfig, sampler_field
 from recipes.served import ServerOptions
 from recipes.teachers import TeacherSpec
 from training.learner import OptimizerConfig
@@ -61,12 +60,7 @@ class StudentConfig:
     )
 
     # generation
-    sampler: SamplerConfig = chz.field(
-        default=TransformersConfig(),
-        meta_factory=ByName(ENGINES, implied="vllm"),
-        doc="transformers: in this process, on the learner's own weights; vllm: on a copy, faster on GPUs "
-        "(docs/vllm.md). Any of the options below implies vllm",
-    )
+    sampler: SamplerConfig = sampler_field()
     max_tokens: int = chz.field(default=512, doc="longest answer of one turn, in tokens")
     sampler_slots: int = chz.field(default=64, doc="largest batch of concurrent generation")
 
@@ -162,6 +156,10 @@ class StudentConfig:
 
     def aligns_by_bytes(self) -> bool:
         """Whether a teacher may have another tokenizer than the student."""
+        return False
+
+    def samples_teachers(self) -> bool:
+        """Whether a teacher's own answers are wanted, and not only what it thinks of the student's."""
         return False
 
     def student_template_kwargs(self) -> dict[str, Any]:

@@ -12,10 +12,11 @@ import chz
 from rich.console import Console
 from rich.text import Text
 
+from models.causal_lm import CausalLM
 from models.checks import probe_scorer, probe_view
 from models.device_thread import compute, compute_blocking
-from models.transformers_sampler import TransformersSampler
-from recipes import setup
+from models.types import Sampler
+from recipes import samplers, setup
 from recipes.blends import with_blends
 from recipes.config import OnPolicyConfig
 from recipes.memory import memory_lines
@@ -121,9 +122,7 @@ async def _evaluate_teachers(config: OnPolicyConfig, run: TrainingRun, parts: se
     """Each teacher's own accuracy, or reward, on its held-out rows: what is within the student's reach."""
     several = sum(len(sets) for sets in run.teacher_sets.values()) > 1
     for name, sets in run.teacher_sets.items():
-        if run.models.teachers[name].served is not None:
-            continue  # nobody can sample from it here
-        for rows, found in await _evaluate_teacher(config, run.models.teachers[name], parts, sets):
+        for rows, found in await _evaluate_teacher(config, run, run.models.teachers[name], parts, sets):
             scope = f"eval/{rows.name}/{name}/teacher_" if several else "eval/teacher_"
             row = {key.replace("eval/", scope, 1): value for key, value in found.items()}
             if row:  # rows without an expected answer leave nothing to measure
@@ -131,11 +130,11 @@ async def _evaluate_teachers(config: OnPolicyConfig, run: TrainingRun, parts: se
 
 
 async def _evaluate_teacher(
-    config: OnPolicyConfig, teacher: CheckedTeacher, parts: setup.Engines, sets: Sequence[EvalSet]
+    config: OnPolicyConfig, run: TrainingRun, teacher: CheckedTeacher, parts: setup.Engines, sets: Sequence[EvalSet]
 ) -> list[tuple[EvalSet, dict[str, float]]]:
     """A function of its own, so that nothing holds the model when the next one is loaded."""
-    lm = await compute(parts.teacher_lm, teacher.name)
-    async with TransformersSampler(lm, teacher.renderer.tokenizer, slots=config.sampler_slots) as sampler:
+    lm = None if teacher.served is not None else await compute(parts.teacher_lm, teacher.name)
+    async with samplers.sampling(_teacher_sampler(config, run, teacher.name, lm), lm) as sampler:
         return [
             (
                 rows,
@@ -150,6 +149,14 @@ async def _evaluate_teacher(
             )
             for rows in sets
         ]
+
+
+def _teacher_sampler(config: OnPolicyConfig, run: TrainingRun, name: str, lm: CausalLM | None) -> Sampler:
+    """In this process as the student's, or where the teacher's server is."""
+    tokenizer = run.models.teachers[name].renderer.tokenizer
+    if lm is not None:
+        return samplers.make_teacher_sampler(config, lm, tokenizer, folder=run.path)
+    return samplers.make_serving_sampler(config, run.models.sampled_at[name], tokenizer, folder=run.path)
 
 
 def _has_evaluated_teachers(run_dir: RunDir) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
+import httpx2
 from transformers import PreTrainedTokenizerBase
 
 from envs.types import SamplingParams, StopCondition
@@ -15,11 +16,10 @@ from models.vllm.engine import Transient, sampling_params
 from models.vllm.server import ServerEngine, reason_of
 
 TEXT = "Ünïcode, 3.14159 + 2 = 5?\n\tdef f(x):  return x**2\n漢字 🙂"
-COMMAND = (
-    "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out --logprobs-mode processed_logprobs "
-    "--generation-config vllm"
-)
-"""Whose weights can be replaced, whose tokens are not text, and whose logprobs are of what was sampled from."""
+COMMAND = "vllm serve MODEL --enable-scale-out --logprobs-mode processed_logprobs --generation-config vllm"
+"""Whose tokens are not text, and whose logprobs are of what was sampled from."""
+UPDATABLE = f"VLLM_SERVER_DEV_MODE=1 {COMMAND}"
+"""Whose weights can be replaced, too."""
 
 
 @dataclass(frozen=True)
@@ -29,102 +29,148 @@ class ServerFacts:
     takes_adapters: bool
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Servers, and as what they are asked. `option`: where the options name them, in messages."""
+
+    urls: tuple[str, ...]
+    token: str | None = field(default=None, repr=False)
+    model: str | None = None  # by the servers' name for it; None: the one that they were started with
+    option: str = "sampler.url"
+    timeout_s: float = 1800.0  # of one turn
+    patience_s: float = 30.0  # that all may be away
+
+
 async def check_servers(
-    urls: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, dtype: str, lora_rank: int = 0
+    asked: Asked, tokenizer: PreTrainedTokenizerBase, *, dtype: str, lora_rank: int = 0
 ) -> list[ServerFacts]:
-    """Raises `ConfigError` for the first server that cannot sample for this run."""
-    return [await _check_server(url, tokenizer, dtype, lora_rank) for url in urls]
+    """Of servers that a run hands weights to. Raises `ConfigError` for the first that cannot sample for it."""
+    return [await _Server(asked, url, tokenizer).check(replaced=(dtype, lora_rank)) for url in asked.urls]
 
 
-async def _check_server(url: str, tokenizer: PreTrainedTokenizerBase, dtype: str, lora_rank: int) -> ServerFacts:
-    server = ServerEngine(url)
-    await server.open()
-    try:
-        await _check_alive(server)
-        facts = await _facts(server, dtype, lora_rank)
-        await _check_tokenizer(server, tokenizer)
-        await _check_logprobs(server)
-        return facts
-    except (Transient, SamplerError) as error:
-        raise ConfigError(f"sampler.url={url}: {error}") from error
-    finally:
-        with anyio.CancelScope(shield=True):
-            await server.close()
+async def check_serving(asked: Asked, tokenizer: PreTrainedTokenizerBase) -> list[ServerFacts]:
+    """Of servers that are sampled from as they are. Raises `ConfigError` for the first that cannot."""
+    return [await _Server(asked, url, tokenizer).check(replaced=None) for url in asked.urls]
 
 
-async def _check_alive(server: ServerEngine) -> None:
-    try:
-        answer = await server.get("/health")
-    except Transient as error:
-        raise ConfigError(f"sampler.url: {error}. Start it with: {COMMAND}") from error
-    if answer.status_code != 200:
-        raise ConfigError(f"sampler.url={server.name}: no vLLM server answers there ({reason_of(answer)})")
+class _Server:
+    """One server under examination."""
 
+    def __init__(self, asked: Asked, url: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._engine = ServerEngine(url, token=asked.token)
+        self._where = f"{asked.option}={url}"
+        self._model = {} if asked.model is None else {"model": asked.model}
+        self._tokenizer = tokenizer
 
-async def _facts(server: ServerEngine, dtype: str, lora_rank: int) -> ServerFacts:
-    answer = await server.get("/server_info?config_format=json")
-    if answer.status_code != 200:
-        raise ConfigError(
-            f"sampler.url={server.name}: its weights cannot be replaced ({reason_of(answer)} for /server_info). "
-            f"Start it with VLLM_SERVER_DEV_MODE=1 in its environment: {COMMAND}"
-        )
-    try:
-        info = answer.json()
-        model: Mapping[str, Any] = info["vllm_config"]["model_config"]
-        lora: Mapping[str, Any] | None = info["vllm_config"]["lora_config"]
-        hot = bool(info["vllm_env"].get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"))
-        own, length = str(model["dtype"]).removeprefix("torch."), int(model["max_model_len"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"sampler.url={server.name}: its /server_info is not vLLM 0.32's ({error!r})") from error
-    if own != dtype:
-        raise ConfigError(
-            f"sampler.url={server.name} computes in {own}, the student in {dtype}: their logprobs would differ by "
-            f"rounding alone. Start the server with --dtype {dtype}, or set dtype={own}"
-        )
-    takes = bool(lora_rank and lora and hot and int(lora["max_lora_rank"]) >= lora_rank)
-    return ServerFacts(server.name, length, takes)
-
-
-async def _check_tokenizer(server: ServerEngine, tokenizer: PreTrainedTokenizerBase) -> None:
-    answer = await server.post("/tokenize", {"prompt": TEXT, "add_special_tokens": False})
-    theirs = answer.json().get("tokens") if answer.status_code == 200 else None
-    ours = tokenizer.encode(TEXT, add_special_tokens=False)
-    if theirs != ours:
-        raise ConfigError(
-            f"sampler.url={server.name}: it tokenises a text into {str(theirs)[:60]}, the student into "
-            f"{str(ours)[:60]}: it serves another model. Start it with the student's folder or hub id"
-        )
-
-
-async def _check_logprobs(server: ServerEngine) -> None:
-    """At half the temperature, two logprobs of the distribution that is sampled from lie twice as far apart."""
-    gaps = []
-    for temperature in (1.0, 0.5):
-        how = sampling_params(SamplingParams(1, StopCondition(frozenset()), temperature))
-        body = {"token_ids": [1, 2], "sampling_params": {**how, "logprobs": 4}}
-        answer = await server.post("/inference/v1/generate", body)
-        if answer.status_code == 403:
-            raise ConfigError(
-                f"sampler.url={server.name}: {reason_of(answer)}. It must take and give token ids: {COMMAND}"
-            )
-        if answer.status_code != 200:
-            raise ConfigError(f"sampler.url={server.name}: it refused to sample one token: {reason_of(answer)}")
+    async def check(self, replaced: tuple[str, int] | None) -> ServerFacts:
+        """`replaced`: number type and LoRA rank of the weights that it is going to get."""
+        command = COMMAND if replaced is None else UPDATABLE
+        await self._engine.open()
         try:
-            top = {entry["token_id"]: entry["logprob"] for entry in _steps(answer.json())[0]["top_logprobs"]}
-            by_token = {token: value for token, value in top.items() if value > -100}
-            gaps.append(by_token)
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ConfigError(f"sampler.url={server.name}: it returns no logprobs ({error!r})") from error
-    shared = sorted(gaps[0].keys() & gaps[1].keys(), key=lambda token: gaps[0][token])
-    if len(shared) < 2:
-        raise ConfigError(f"sampler.url={server.name}: it gave logprobs of {len(shared)} tokens, not of 4")
-    wide, narrow = (gap[shared[-1]] - gap[shared[0]] for gap in (gaps[1], gaps[0]))
-    if abs(wide - 2 * narrow) > 0.05 * max(1.0, abs(2 * narrow)):
-        raise ConfigError(
-            f"sampler.url={server.name}: its logprobs do not follow the temperature (a gap of {narrow:.3f} nats at 1, "
-            f"{wide:.3f} at 0.5): they are not of the distribution that it samples from. Start it with "
-            "--logprobs-mode processed_logprobs"
-        )
+            await self._check_alive(command)
+            facts = await self._length() if replaced is None else await self._facts(*replaced)
+            await self._check_tokenizer()
+            await self._check_logprobs(command)
+            return facts
+        except (Transient, SamplerError) as error:
+            raise ConfigError(f"{self._where}: {error}") from error
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._engine.close()
+
+    async def _check_alive(self, command: str) -> None:
+        try:
+            answer = await self._engine.get("/health")
+        except Transient as error:
+            raise ConfigError(f"{self._where}: {error}. Start it with: {command}") from error
+        if answer.status_code != 200:
+            raise ConfigError(f"{self._where}: no vLLM server answers there ({reason_of(answer)})")
+
+    async def _length(self) -> ServerFacts:
+        answer = await self._engine.get("/v1/models")
+        self._refuse_token(answer)
+        try:
+            lengths = [int(card["max_model_len"]) for card in answer.json()["data"] if card.get("max_model_len")]
+            return ServerFacts(self._engine.name, min(lengths), takes_adapters=False)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"{self._where}: no vLLM server answers there ({reason_of(answer)} for /v1/models), and nothing else "
+                f"samples. Start one with: {COMMAND}"
+            ) from error
+
+    async def _facts(self, dtype: str, lora_rank: int) -> ServerFacts:
+        answer = await self._engine.get("/server_info?config_format=json")
+        if answer.status_code != 200:
+            raise ConfigError(
+                f"{self._where}: its weights cannot be replaced ({reason_of(answer)} for /server_info). "
+                f"Start it with VLLM_SERVER_DEV_MODE=1 in its environment: {UPDATABLE}"
+            )
+        try:
+            info = answer.json()
+            model: Mapping[str, Any] = info["vllm_config"]["model_config"]
+            lora: Mapping[str, Any] | None = info["vllm_config"]["lora_config"]
+            hot = bool(info["vllm_env"].get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"))
+            own, length = str(model["dtype"]).removeprefix("torch."), int(model["max_model_len"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{self._where}: its /server_info is not vLLM 0.32's ({error!r})") from error
+        if own != dtype:
+            raise ConfigError(
+                f"{self._where} computes in {own}, the student in {dtype}: their logprobs would differ by "
+                f"rounding alone. Start the server with --dtype {dtype}, or set dtype={own}"
+            )
+        takes = bool(lora_rank and lora and hot and int(lora["max_lora_rank"]) >= lora_rank)
+        return ServerFacts(self._engine.name, length, takes)
+
+    async def _check_tokenizer(self) -> None:
+        answer = await self._engine.post("/tokenize", {**self._model, "prompt": TEXT, "add_special_tokens": False})
+        self._refuse_token(answer)
+        try:
+            theirs = answer.json()["tokens"]
+        except (ValueError, KeyError, TypeError):
+            theirs = reason_of(answer)
+        ours = self._tokenizer.encode(TEXT, add_special_tokens=False)
+        if theirs != ours:
+            raise ConfigError(
+                f"{self._where}: it tokenises a text into {str(theirs)[:60]}, the model here into "
+                f"{str(ours)[:60]}: it serves another. Start it with the folder or hub id that is used here"
+            )
+
+    async def _check_logprobs(self, command: str) -> None:
+        """At half the temperature, two logprobs of the distribution that is sampled from lie twice as far apart."""
+        gaps = []
+        for temperature in (1.0, 0.5):
+            how = sampling_params(SamplingParams(1, StopCondition(frozenset()), temperature))
+            body = {**self._model, "token_ids": [1, 2], "sampling_params": {**how, "logprobs": 4}}
+            answer = await self._engine.post("/inference/v1/generate", body)
+            self._refuse_token(answer)
+            if answer.status_code == 403:
+                raise ConfigError(f"{self._where}: {reason_of(answer)}. It must take and give token ids: {command}")
+            if answer.status_code != 200:
+                raise ConfigError(f"{self._where}: it refused to sample one token: {reason_of(answer)}")
+            try:
+                top = {entry["token_id"]: entry["logprob"] for entry in _steps(answer.json())[0]["top_logprobs"]}
+                by_token = {token: value for token, value in top.items() if value > -100}
+                gaps.append(by_token)
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+                raise ConfigError(f"{self._where}: it returns no logprobs ({error!r})") from error
+        shared = sorted(gaps[0].keys() & gaps[1].keys(), key=lambda token: gaps[0][token])
+        if len(shared) < 2:
+            raise ConfigError(f"{self._where}: it gave logprobs of {len(shared)} tokens, not of 4")
+        wide, narrow = (gap[shared[-1]] - gap[shared[0]] for gap in (gaps[1], gaps[0]))
+        if abs(wide - 2 * narrow) > 0.05 * max(1.0, abs(2 * narrow)):
+            raise ConfigError(
+                f"{self._where}: its logprobs do not follow the temperature (a gap of {narrow:.3f} nats at 1, "
+                f"{wide:.3f} at 0.5): they are not of the distribution that it samples from. Start it with "
+                "--logprobs-mode processed_logprobs"
+            )
+
+    def _refuse_token(self, answer: httpx2.Response) -> None:
+        if answer.status_code == 401:
+            prefix = self._where.partition("url=")[0]
+            raise ConfigError(
+                f"{self._where}: it answers {reason_of(answer)}. Give its token (vLLM's --api-key) with "
+                f"{prefix}token_env= or {prefix}token_file="
+            )
 
 
 def _steps(body: Mapping[str, Any]) -> list[Mapping[str, Any]]:

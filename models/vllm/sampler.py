@@ -31,17 +31,27 @@ class Waits:
 
 
 class VLLMSampler:
-    """`Sampler` on vLLM engines that all have the same model. `slots`: most requests in flight at each."""
+    """`Sampler` on vLLM engines that all have the same model. `slots`: most requests in flight at each.
+
+    Until `update_weights` is called they sample with the weights that they have: those of `served`, if it is given, of
+    what they serve."""
 
     def __init__(
-        self, engines: Sequence[Engine], model: Model, *, temperature: float, slots: int, waits: Waits | None = None
+        self,
+        engines: Sequence[Engine],
+        model: Model,
+        *,
+        temperature: float,
+        slots: int,
+        waits: Waits | None = None,
+        served: str | None = None,
     ) -> None:
         self.waits = waits or Waits()
         self._pool = Pool(engines, slots=slots, patience_s=self.waits.patience_s)
         self._handover = Handover(model, temperature, secrets.token_hex(4))
         self._version = 0
         self._label: str | None = None  # of the weights that count, once this run has handed some over
-        self._adapter: str | None = None
+        self._adapter = served
         self._tasks: anyio.abc.TaskGroup | None = None
         self._requests: set[anyio.CancelScope] = set()
         self._update = anyio.Lock()

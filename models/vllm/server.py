@@ -27,11 +27,12 @@ UPDATE_S = 1800.0  # of a request that reads weights from a disk
 
 
 class ServerEngine:
-    """`Engine` behind a URL. How long a turn may take is its caller's to say."""
+    """`Engine` behind a URL. How long a turn may take is its caller's to say. The token is sent, and never shown."""
 
-    def __init__(self, url: str, *, takes_adapters: bool = False) -> None:
+    def __init__(self, url: str, *, takes_adapters: bool = False, token: str | None = None) -> None:
         self.name = url.rstrip("/")
         self.takes_adapters = takes_adapters
+        self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         self._client: httpx2.AsyncClient | None = None
 
     async def open(self) -> None:
@@ -39,6 +40,7 @@ class ServerEngine:
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0)
         self._client = httpx2.AsyncClient(
             base_url=self.name,
+            headers=self._headers,
             limits=limits,
             verify=self.name.startswith("https:"),
             trust_env=may_use_proxy(self.name),

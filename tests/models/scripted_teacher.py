@@ -56,7 +56,7 @@ class ScriptedTeacher:
                 self.reply(None)
 
             def do_POST(self) -> None:
-                self.reply(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                self.reply(json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or b"{}"))
 
             def reply(self, body: Any) -> None:
                 with lock:

@@ -24,7 +24,7 @@ from errors import ConfigError, ProtegeError, SamplerError, SamplerUnavailableEr
 from models.vllm.engine import Transient, Unreachable
 from models.vllm.handover import Model
 from models.vllm.in_process import EngineOptions
-from models.vllm.preflight import check_servers
+from models.vllm.preflight import Asked, check_servers
 from models.vllm.sampler import VLLMSampler, Waits
 from models.vllm.server import ServerEngine
 
@@ -324,7 +324,7 @@ def served(**changes: Any) -> Any:
 
 async def test_a_server_that_is_fit():
     async with scripted_server(served()) as server:
-        (facts,) = await check_servers([server.url], LETTERS, dtype="float32")
+        (facts,) = await check_servers(Asked((server.url,)), LETTERS, dtype="float32")
     assert (facts.url, facts.max_model_len, facts.takes_adapters) == (server.url, 99, False)
 
 
@@ -332,7 +332,7 @@ async def test_a_server_that_is_fit():
     ("changes", "says"),
     [
         ({"follows": False}, "--logprobs-mode processed_logprobs"),
-        ({"tokens": [1, 2, 3]}, "another model"),
+        ({"tokens": [1, 2, 3]}, "it serves another"),
         ({"dev": False}, "VLLM_SERVER_DEV_MODE=1"),
         ({"scale_out": False}, "--enable-scale-out"),
         ({"model": {"dtype": "torch.bfloat16"}}, "--dtype float32"),
@@ -341,12 +341,12 @@ async def test_a_server_that_is_fit():
 async def test_a_server_that_is_not_fit_is_told_what_to_set(changes: dict[str, Any], says: str):
     async with scripted_server(served(**changes)) as server:
         with pytest.raises(ConfigError, match=says):
-            await check_servers([server.url], LETTERS, dtype="float32")
+            await check_servers(Asked((server.url,)), LETTERS, dtype="float32")
 
 
 async def test_a_dead_url_is_named():
     with pytest.raises(ConfigError, match=r"http://127.0.0.1:9 cannot be reached"):
-        await check_servers(["http://127.0.0.1:9"], LETTERS, dtype="float32")
+        await check_servers(Asked(("http://127.0.0.1:9",)), LETTERS, dtype="float32")
 
 
 # --- an engine in this process

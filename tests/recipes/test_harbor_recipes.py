@@ -24,6 +24,7 @@ from recipes import evaluate_harbor, harbor_setup
 from recipes import on_policy_distillation_harbor_multi_turn as recipe
 from recipes.cli import parse_config, run_cli
 from recipes.tiny_tool_models import make_models
+from tests.models.scripted_server import serving
 from training.run_dir import read_metrics
 
 SMALL = {
@@ -288,6 +289,17 @@ def test_attempts_are_the_same_with_the_same_seed(
     assert said[0] == said[1] != said[2]
 
 
+def test_attempts_are_sampled_on_a_server_that_was_given_the_models_weights(
+    tmp_path: Path, tool_models: dict[str, str], sandboxes: ScriptedSandboxes
+):
+    with serving(tool_models["teacher_model"], max_model_len=4096) as server:
+        found = evaluated(tmp_path, model_name=tool_models["model_name"], **{"sampler.url": server.url})
+        evaluated(tmp_path, model_name=tool_models["model_name"])  # nothing is missing, wherever it was sampled
+    assert found["graded"] == 2 and len(server.sampled) >= 2
+    assert [Path(folder).parent.parent for folder in server.loaded] == [tmp_path / "run"]
+    assert not tiny_models.leftovers(tmp_path)
+
+
 def test_solutions_and_nothing_at_all_need_no_model(tmp_path: Path, sandboxes: ScriptedSandboxes):
     found = evaluated(tmp_path / "oracle", agent="oracle")
     assert found["pass_rate"] == 1.0
@@ -303,6 +315,7 @@ def test_solutions_and_nothing_at_all_need_no_model(tmp_path: Path, sandboxes: S
         (["agent=model"], "model_name is for agent=model, which needs it"),
         (["agent=oracle", "model_name=x"], "model_name is for agent=model"),
         (["agent=oracle", "samples=0"], "samples=0"),
+        (["agent=oracle", "sampler=vllm"], "agent=oracle samples from no model"),
         (["agent=orakle"], "agent=orakle"),
     ],
 )

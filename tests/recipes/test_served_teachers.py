@@ -129,7 +129,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], type[Exception], str]] 
     "token": ({"token": "s3cret"}, REVERSE_KL, ConfigError, "teacher.token_env="),
     "no variable": ({}, {"teacher.token_env": "NOT_SET_HERE", **REVERSE_KL}, ConfigError, "NOT_SET_HERE: .*not set"),
     "checkpoint": ({}, {"teacher_checkpoint": "x", **REVERSE_KL}, ConfigError, "the server has the teacher's weights"),
-    "sampling": ({}, {"eval_teacher": True, **REVERSE_KL}, ConfigError, "eval_teacher=True"),
+    "sampling": ({}, {"eval_teacher": True, **REVERSE_KL}, ConfigError, "Or leave eval_teacher out"),
     "no tokenizer": ({"root": "./nowhere"}, REVERSE_KL, UserError, "./nowhere.* teacher_model="),
     "logits": (
         {"always": lambda answer: every(answer, 9.0)}, REVERSE_KL, ConfigError, "--logprobs-mode",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -16,6 +17,10 @@ from tiny_models import evaluation_rows, training_rows
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 import vllm_server
+
+from errors import ConfigError
+from recipes import capture_teacher, evaluate
+from recipes.cli import parse_config
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -127,6 +132,47 @@ def until(condition: Callable[[], bool], timeout_s: float = 240.0) -> None:
 
 def steps_done(run: Path) -> int:
     return len(training_rows(run)) if (run / "metrics.jsonl").exists() else 0
+
+
+EVALUATION = {"dataset": "arithmetic", "eval_size": 16, "samples": 0, "max_tokens": 6, "device": "cpu"}
+GREEDY = ("eval/accuracy", "eval/greedy_length", "eval/greedy_truncated_fraction")
+
+
+def evaluated(folder: Path, **options: Any) -> list[float]:
+    given = {**EVALUATION, **options, "output_path": folder / "numbers.json"}
+    recipe = evaluate
+    recipe.main(parse_config(recipe.Config, [f"{key}={value}" for key, value in given.items()]))
+    found = json.loads((folder / "numbers.json").read_text())
+    return [found[name] for name in GREEDY]
+
+
+def test_an_evaluation_in_this_process_is_of_the_adapter_that_was_named(tmp_path: Path, models: dict[str, str]):
+    trained = tiny_models.run(tmp_path / "run", models, lora_rank=2, max_steps=8, learning_rate=0.1)
+    adapter = {"model_name": models["model_name"], "load_checkpoint_path": tiny_models.final(trained)}
+    engine = {"sampler": "vllm", "sampler.enforce_eager": True, "sampler.max_model_len": 128}
+    assert evaluated(tmp_path, **adapter, **engine) == evaluated(tmp_path, **adapter)
+    assert evaluated(tmp_path, model_name=models["model_name"]) != evaluated(tmp_path, **adapter)
+
+
+def test_an_evaluation_and_a_capture_on_servers(
+    tmp_path: Path, models: dict[str, str], servers: list[vllm_server.Server]
+):
+    """One server is handed what is evaluated, which the other then samples as what it was started with."""
+    first, second = (server.url for server in servers)
+    there = evaluated(tmp_path, model_name=models["teacher_model"], **{"sampler.url": first})
+    assert there == evaluated(tmp_path, model_name=models["teacher_model"])
+    recipe, options = capture_teacher, {
+        "dataset": "arithmetic", "max_rows": 8, "max_tokens": 6, "device": "cpu", "top_k": 4, "completions": "teacher",
+        "output_path": tmp_path / "capture.jsonl",
+    }  # fmt: skip
+
+    def capture(**more: Any) -> None:
+        recipe.main(parse_config(recipe.Config, [f"{key}={value}" for key, value in {**options, **more}.items()]))
+
+    with pytest.raises(ConfigError, match="serves another model, or other weights"):
+        capture(teacher_model=models["model_name"], **{"sampler.url": first})
+    capture(model_name=models["model_name"], **{"sampler.url": second, "teacher.url": second})
+    assert len((tmp_path / "capture.jsonl").read_text().splitlines()) == 1 + 8
 
 
 def test_servers_are_killed_one_by_one(
