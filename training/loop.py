@@ -27,7 +27,7 @@ from envs.given import GivenEpisode
 from envs.rendering import Renderer
 from envs.rollout import derive_seed
 from envs.types import EnvGroupBuilder
-from errors import CheckpointError, NoSignalError
+from errors import CheckpointError, NoSignalError, ProtegeError
 from models.device_thread import commit, compute
 from models.types import Sampler
 from training.collect import Blend, Collected, Teacher, collect
@@ -39,6 +39,7 @@ from training.packing import TrainingItem
 from training.progress import Progress
 from training.report import write_report
 from training.run_dir import RunDir
+from training.signals import second_signal_quits
 from training.trackers import Trackers
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -107,32 +108,51 @@ class Loop:
     step: int = 0
     _cursor_states: list[dict] = field(default_factory=list)  # as of the last finished step
     _texts: dict[int, str] = field(default_factory=dict)
+    _interrupted: bool = False
+    _whole: bool = True  # the weights are those of a finished step
 
     # --- the whole run
 
     async def run(self) -> None:
-        """Train to `max_steps`. On SIGINT or SIGTERM: undo or finish the step, save, raise `KeyboardInterrupt`."""
-        interrupted = False
-        async with anyio.create_task_group() as tasks:
+        """Train to `max_steps`. On SIGINT or SIGTERM: undo or finish the step, save, raise `KeyboardInterrupt`.
 
-            async def watch(*, task_status: anyio.abc.TaskStatus[None]) -> None:
-                nonlocal interrupted
-                with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-                    task_status.started()
-                    async for _ in signals:
-                        interrupted = True
-                        self.progress.message("stopping: the step is saved or undone; Ctrl-C again to quit now")
-                        tasks.cancel_scope.cancel()
-                        return  # a second signal then ends the process as usual
-
-            await tasks.start(watch)
-            async with self.sampler:
-                await self._train()
-            tasks.cancel_scope.cancel()
-        if interrupted:
-            if self.step and self.config.train and self._saved_step() != self.step:
-                self.save()
+        However it ends, the last finished step is saved if a checkpoint of it was due."""
+        try:
+            with second_signal_quits() as armed:
+                async with anyio.create_task_group() as tasks:
+                    await tasks.start(self._watch_signals, tasks.cancel_scope, armed)
+                    async with self.sampler:
+                        try:
+                            await self._train()
+                        except CheckpointError:
+                            raise  # it was tried
+                        except BaseException:
+                            self._save_what_is_due()  # before engines are closed, which takes its time
+                            raise
+                    tasks.cancel_scope.cancel()
+        except BaseExceptionGroup as group:
+            # why: engines in this process may have had the same signal, and died of it
+            if not self._interrupted or group.split(ProtegeError)[1] is not None:
+                raise
+        if self._interrupted:
             raise KeyboardInterrupt
+
+    async def _watch_signals(
+        self, scope: anyio.CancelScope, arm: Callable[[], None], *, task_status: anyio.abc.TaskStatus[None]
+    ) -> None:
+        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            task_status.started()
+            async for _ in signals:
+                self._interrupted = True
+                self.progress.message("stopping: the step is saved or undone; Ctrl-C again to quit now")
+                scope.cancel()
+                break
+        arm()
+
+    def _save_what_is_due(self) -> None:
+        due = self._interrupted or self.step == self.config.max_steps or self._due(self.config.save_every)
+        if due and self.step and self._whole and self.config.train and self._saved_step() != self.step:
+            self.save(final=self.step == self.config.max_steps)
 
     async def _train(self) -> None:
         await self.sampler.update_weights(self.learner.weights(), self.step)
@@ -176,13 +196,16 @@ class Loop:
         with timer.stage("training"):
             measured, updates = await compute(self._update, collected)  # given up, it has changed nothing
         with anyio.CancelScope(shield=True):  # weights are updated by whole steps only
-            self.step += 1
+            self.step, self._whole = self.step + 1, True
             self._cursor_states = [plan.cursor.state() for plan in self.plans]
-            await self.sampler.update_weights(self.learner.weights(), self.step)
-            with timer.stage("writing"):
-                await anyio.to_thread.run_sync(self._write_episodes, collected, measured)
-            row = self._row(collected, measured, updates, timer)
-            self.run_dir.append_metrics(row)
+            try:
+                if not self._interrupted:  # else nothing is sampled any more
+                    await self.sampler.update_weights(self.learner.weights(), self.step)
+            finally:  # the step is done, whether or not the next can be sampled
+                with timer.stage("writing"):
+                    await anyio.to_thread.run_sync(self._write_episodes, collected, measured)
+                row = self._row(collected, measured, updates, timer)
+                self.run_dir.append_metrics(row)
         self.trackers.log(row)
         self.progress.update(row)
 
@@ -223,6 +246,7 @@ class Loop:
                 results = self.learner.forward_backward(items, self.objective, factors)
                 measured.update(zip(map(id, items), results, strict=True))
                 commit()
+                self._whole = False
                 updates = self.learner.step(rate)
         self.learner.update_average()
         return measured, updates

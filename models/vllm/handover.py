@@ -59,7 +59,7 @@ class Handover:
         """Engines that are gone are taken out. Raises `ProtegeError` if one that is there has not got the weights."""
         label = f"protege-{self._run}-{version}"
         adapter = label if source.has_adapter and all(m.engine.takes_adapters for m in members) else None
-        folder = self._model.folder / f".tmp-{label}"
+        folder, kept = self._model.folder / f".tmp-{label}", False
         try:
             await self._start(members, source, folder / "base", with_adapter=adapter is None)
             if adapter is None:
@@ -71,13 +71,11 @@ class Handover:
                 for member in members:
                     if member.down is None:
                         tasks.start_soon(self._give, member, folder, label, adapter, source)
+            kept = adapter is not None  # vLLM may read an adapter again
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from None
         finally:
-            if adapter is None:
-                await _remove(folder)
-            else:
-                await _remove(folder / "base")
+            await _remove(folder / "base" if kept else folder)
         if adapter is not None:
             self._adapters.append((adapter, folder))
         return Handed(label, adapter)

@@ -8,7 +8,6 @@ import importlib
 import itertools
 import os
 import signal
-import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +15,18 @@ from typing import Any
 
 import anyio
 import anyio.to_thread
-import psutil
 
 from envs.types import SamplingParams
 from errors import ProtegeError, SamplerError
 from models.vllm.engine import Answer, Outdated, Transient, Unreachable, checked_answer, sampling_params
-from models.vllm.orphans import end_with_this_process
+from models.vllm.orphans import Brood
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for
-QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}  # it warns at every reload
+DEFAULTS = {
+    "VLLM_LOGGING_LEVEL": "ERROR",  # it warns at every reload
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a process with threads is not to be forked
+}
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,7 @@ class InProcessEngine:
     def __init__(self, options: EngineOptions) -> None:
         self.options = options
         self._llm: Any = None
-        self._children: list[psutil.Process] = []
-        self._guard: subprocess.Popen[bytes] | None = None
+        self._brood = Brood()
         self._requests = itertools.count()
         self._adapters: dict[str, Any] = {}  # vLLM's requests for them
         self._adapter_ids = itertools.count(1)
@@ -92,18 +93,15 @@ class InProcessEngine:
         return self._llm is not None
 
     async def start(self, model: Path) -> None:
-        before = set(psutil.Process().children(recursive=True))
         with anyio.CancelScope(shield=True):  # half an engine could not be ended
             try:
-                self._llm = await anyio.to_thread.run_sync(_start, self.options.arguments(model))
+                self._llm = await anyio.to_thread.run_sync(_start, self.options.arguments(model), self._brood)
             except Exception as error:
+                await anyio.to_thread.run_sync(self._brood.end)
                 raise ProtegeError(
                     f"vLLM did not start ({type(error).__name__}: {error}). Its own messages are above; "
                     "see docs/vllm.md for what decides its memory, context and number types"
                 ) from error
-            finally:
-                self._children = [p for p in psutil.Process().children(recursive=True) if p not in before]
-        self._guard = end_with_this_process(self._children)
 
     async def close(self) -> None:
         llm, self._llm = self._llm, None
@@ -112,7 +110,7 @@ class InProcessEngine:
                 llm.output_handler.cancel()  # else it takes the end for a crash, and prints a traceback
             with anyio.CancelScope(shield=True):
                 await anyio.to_thread.run_sync(llm.shutdown, 10.0)
-                await anyio.to_thread.run_sync(_end, self._children, self._guard)
+                await anyio.to_thread.run_sync(self._brood.end)
         self._adapters.clear()
 
     async def generate(self, prompt_ids: Sequence[int], params: SamplingParams, adapter: str | None) -> Answer:
@@ -197,11 +195,11 @@ class InProcessEngine:
             raise Unreachable(f"{self.name} has died; its own messages are above") from error
 
 
-def _start(arguments: dict[str, Any]) -> Any:
+def _start(arguments: dict[str, Any], brood: Brood) -> Any:
     """In a thread: it takes a while."""
-    for name, value in QUIET.items():
+    for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
-    with _sigint_blocked():
+    with _sigint_blocked(), brood.hatching():
         engine_args = _import("vllm.engine.arg_utils").AsyncEngineArgs(**arguments)
         return _import("vllm.v1.engine.async_llm").AsyncLLM.from_engine_args(engine_args)
 
@@ -219,15 +217,6 @@ def _sigint_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, old)
-
-
-def _end(children: Sequence[psutil.Process], guard: subprocess.Popen[bytes] | None) -> None:
-    for child in psutil.wait_procs(list(children), timeout=5)[1]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.kill()
-    if guard is not None:
-        guard.kill()
-        guard.wait()
 
 
 def _of_output(name: str, output: Any, adapter: str | None) -> Answer:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from errors import ConfigError, ProtegeError, SamplerError, SamplerUnavailableEr
 from models.vllm.engine import Transient, Unreachable
 from models.vllm.handover import Model
 from models.vllm.in_process import EngineOptions
+from models.vllm.orphans import runs
 from models.vllm.preflight import Asked, check_servers
 from models.vllm.sampler import VLLMSampler, Waits
 from models.vllm.server import ServerEngine
@@ -360,21 +362,80 @@ def test_what_an_engine_here_is_told():
     assert "kv_cache_memory_bytes" not in told and "enable_lora" not in EngineOptions("float32", 1).arguments(Path("m"))
 
 
-def test_what_a_killed_run_started_ends_with_it(tmp_path: Path):
-    script = (
-        "import psutil, subprocess, sys, time; from models.vllm.orphans import end_with_this_process as end;"
-        "child = subprocess.Popen(['sleep', '1000'], start_new_session=True); end([psutil.Process(child.pid)]);"
-        "print(child.pid, flush=True); time.sleep(1000)"
-    )
-    run = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    assert run.stdout is not None
-    child = psutil.Process(int(run.stdout.readline()))
+# What an engine is to a run: it starts a process of its own, and soon neither has the environment that it began with.
+ENGINE = """
+import os, subprocess, sys, time
+deep = int(sys.argv[1])
+if deep:
+    subprocess.Popen([sys.executable, __file__, str(deep - 1)], start_new_session=True)
+time.sleep(1)
+os.execve(sys.executable, [sys.executable, "-c", "import time; time.sleep(1000)"], {"TITLED": "1"})
+"""
+RUN = """
+import subprocess, sys, time
+from models.vllm.orphans import Brood
+brood, how = Brood(grace_s=0.2), sys.argv[2]
+with brood.hatching():
+    child = subprocess.Popen([sys.executable, sys.argv[1], "1"], start_new_session=True)
+    print(child.pid, flush=True)
+    sys.stdin.readline()
+bystander = subprocess.Popen(["sleep", "1000"])
+print(bystander.pid, flush=True)
+if how == "ended":
+    brood.end()
+print("so", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("how", ["killed at once", "killed while it starts", "killed later", "ended"])
+def test_what_a_run_started_for_an_engine_ends_with_it_and_nothing_else_does(tmp_path: Path, how: str):
+    (tmp_path / "engine.py").write_text(ENGINE)
+    command = [sys.executable, "-c", RUN, str(tmp_path / "engine.py"), how]
+    run = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None and run.stdin is not None
+    brood, bystander = [psutil.Process(int(run.stdout.readline()))], None
     try:
-        time.sleep(0.2)
-        assert child.is_running()
+        if how != "killed at once":
+            until(lambda: len(brood[0].children()) == 1)
+            brood += brood[0].children()
+            until(lambda: all("TITLED" in process.environ() for process in brood))
+        if how in ("killed later", "ended"):
+            run.stdin.write("go on\n")
+            run.stdin.flush()
+            bystander = psutil.Process(int(run.stdout.readline()))
+            run.stdout.readline()
+        if how == "ended":
+            assert not [process for process in brood if runs(process)], "`end` has waited for them"
         run.kill()
         run.wait()
-        child.wait(timeout=30)
+        until(lambda: not [process for process in (*brood, *_children(brood[0])) if runs(process)])
+        assert bystander is None or runs(bystander)
     finally:
-        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-            os.kill(child.pid, signal.SIGKILL)
+        for process in [run, *brood, *([bystander] if bystander else [])]:
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _children(process: psutil.Process) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.children(recursive=True)
+    return []
+
+
+async def test_an_adapter_that_could_not_be_handed_over_leaves_no_folder(tmp_path: Path):
+    class Full(ScriptedEngine):
+        async def load_adapter(self, folder: Path, name: str) -> None:
+            raise ProtegeError("no room for an adapter")
+
+    async with sampler(tmp_path, Full(takes_adapters=True)) as s:
+        with pytest.raises(ProtegeError, match="no room"):
+            await s.update_weights(Weights(-1.5, has_adapter=True), 1)
+        assert list(tmp_path.iterdir()) == []

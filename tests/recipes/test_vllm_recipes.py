@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from tiny_models import evaluation_rows, training_rows
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 import vllm_server
 
-from errors import ConfigError
+from errors import ConfigError, ProtegeError
 from recipes import capture_teacher, evaluate
 from recipes.cli import parse_config
 
@@ -79,19 +80,57 @@ def test_in_process_a_run_learns_as_on_transformers(tmp_path: Path, models: dict
     assert not [p for p in left if "resource_tracker" not in " ".join(p.cmdline())], left
 
 
-def test_an_engine_ends_with_a_run_of_an_adapter_that_is_killed(tmp_path: Path, models: dict[str, str]):
+def in_a_group_of_its_own() -> None:
+    os.setsid()
+
+
+@pytest.mark.parametrize("when", ["while it starts", "in a step"])
+def test_an_engine_ends_with_a_run_of_an_adapter_that_is_killed(tmp_path: Path, models: dict[str, str], when: str):
     options = {**OPTIONS, "max_steps": 1000, "sampler": "vllm", "sampler__enforce_eager": True, "lora_rank": 4}
     process = tiny_models.start(tiny_models.argv(tmp_path / "run", models, **options), tmp_path / "output")
+    assert process.pid is not None
+    parent, seen = psutil.Process(process.pid), set()
+
+    def engines() -> set[psutil.Process]:
+        return {p for p in parent.children(recursive=True) if "multiprocessing" in " ".join(p.cmdline())}
+
     try:
-        until(lambda: steps_done(tmp_path / "run") >= 1 or process.exitcode is not None)
-        assert process.exitcode is None, (tmp_path / "output").read_text()
-        assert process.pid is not None
-        started = psutil.Process(process.pid).children(recursive=True)
-        assert [p for p in started if "VLLM" in " ".join(p.cmdline())]
-        assert training_rows(tmp_path / "run")[0]["sampler_gap/max"] < 0.01, "the adapter is what was sampled from"
+        if when == "in a step":
+            until(lambda: steps_done(tmp_path / "run") >= 1 or process.exitcode is not None)
+            assert process.exitcode is None, (tmp_path / "output").read_text()
+            assert training_rows(tmp_path / "run")[0]["sampler_gap/max"] < 0.01, "the adapter was sampled from"
+        else:
+            until(lambda: bool(engines()) or process.exitcode is not None)
+        seen = set(parent.children(recursive=True))
+        assert seen
     finally:
         process.kill()
+    until(lambda: not [p for p in seen if _runs(p)])
+
+
+def test_a_signal_to_the_run_and_its_engine_loses_no_finished_step(tmp_path: Path, models: dict[str, str]):
+    options = {**OPTIONS, "max_steps": 1000, "sampler": "vllm", "sampler__enforce_eager": True}
+    command = tiny_models.argv(tmp_path / "run", models, **options)
+    process = tiny_models.start(command, tmp_path / "output", first=in_a_group_of_its_own)
+    until(lambda: steps_done(tmp_path / "run") >= 2 or process.exitcode is not None)
+    assert process.exitcode is None and process.pid is not None, (tmp_path / "output").read_text()
+    started = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert tiny_models.finish(process, 200) == 130, (tmp_path / "output").read_text()
+    steps = len(training_rows(tmp_path / "run"))
+    assert tiny_models.final(tmp_path / "run").name == f"step_{steps:06d}"
+    assert not tiny_models.leftovers(tmp_path / "run")
     until(lambda: not [p for p in started if _runs(p)])
+
+
+def test_an_engine_that_does_not_start_leaves_nothing(tmp_path: Path, models: dict[str, str]):
+    """Its memory is refused by its own process, after that was started."""
+    before = set(psutil.Process().children(recursive=True))
+    with pytest.raises(ProtegeError, match="vLLM did not start"):
+        tiny_models.run(tmp_path / "run", models, sampler="vllm", sampler__kv_cache_gib=1e-6)
+    left = [p for p in psutil.Process().children(recursive=True) if p not in before and _runs(p)]
+    assert not [p for p in left if "resource_tracker" not in " ".join(p.cmdline())], left
+    assert not tiny_models.leftovers(tmp_path)
 
 
 def _runs(process: psutil.Process) -> bool:

@@ -15,7 +15,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -127,16 +127,20 @@ def start(
     *,
     interrupt: tuple[str, int] | None = None,
     recipe: str = "on_policy_distillation",
+    first: Callable[[], None] | None = None,
 ) -> BaseProcess:
     """`python -m recipes.RECIPE argv…` in a child process, both streams to the file `output`.
 
-    `interrupt=(phase, step)`: it sends itself SIGINT in the midst of that phase after so many steps."""
-    process = _SERVER.Process(target=_child, args=(list(argv), str(output), interrupt, recipe))
+    `interrupt=(phase, step)`: it sends itself SIGINT in the midst of that phase after so many steps. `first`: a
+    function of a test module that it calls before anything else."""
+    process = _SERVER.Process(target=_child, args=(list(argv), str(output), interrupt, recipe, first))
     process.start()
     return process
 
 
-def _child(argv: list[str], output: str, interrupt: tuple[str, int] | None, recipe: str) -> None:
+def _child(
+    argv: list[str], output: str, interrupt: tuple[str, int] | None, recipe: str, first: Callable[[], None] | None
+) -> None:
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -146,6 +150,8 @@ def _child(argv: list[str], output: str, interrupt: tuple[str, int] | None, reci
         _interrupt_pack(where, int(number))
     elif interrupt is not None:
         _interrupt_in(*interrupt)
+    if first is not None:
+        first()
     module = importlib.import_module(f"recipes.{recipe}")
     with no_report():
         run_cli(module.main, module.Config, presets=module.presets, argv=argv)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import signal
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +20,7 @@ from test_collect import Row as Builder
 from test_collect import ScriptedSampler, ScriptedScorer, teacher
 
 from envs.datasets import Cursor, Row
-from errors import CheckpointError, DataError, NoSignalError
+from errors import CheckpointError, DataError, NoSignalError, ProtegeError
 from training import loop as module
 from training.learner import ItemMetrics
 from training.loop import DatasetPlan, Loop, LoopConfig, learning_rate
@@ -330,3 +333,78 @@ async def test_other_rows_than_those_that_were_drawn_are_refused(tmp_path: Path)
         with pytest.raises(DataError, match="the data must be the same"):
             changed.loop.restore(folder)
         changed.loop.run_dir.close()
+
+
+@dataclass
+class DyingSampler(ScriptedSampler):
+    """Cannot take the weights of a step."""
+
+    dies_at: int = 0
+    interrupts: bool = False
+
+    async def update_weights(self, source: Any, version: int) -> None:
+        if version == self.dies_at:
+            if self.interrupts:
+                os.kill(os.getpid(), signal.SIGTERM)
+                await anyio.sleep(0.05)
+            raise ProtegeError("the engine is dead")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("save_every", "saved"), [(2, [2]), (3, [])])
+async def test_a_step_that_was_due_for_a_checkpoint_is_saved_though_its_weights_reached_no_engine(
+    save_every: int, saved: list[int], tmp_path: Path
+):
+    made = make(tmp_path / "run", sampler=DyingSampler(dies_at=2), max_steps=5, save_every=save_every)
+    with pytest.raises(ExceptionGroup) as raised:
+        await made.loop.run()
+    assert [str(error) for error in leaves(raised.value)] == ["the engine is dead"]
+    assert [step for step, _ in made.loop.run_dir.checkpoints()] == saved
+    assert [row["step"] for row in made.metrics] == [1, 2], "the step was done"
+
+
+@pytest.mark.anyio
+async def test_a_signal_that_kills_the_engine_too_is_an_interruption_that_saves_the_step(tmp_path: Path):
+    made = make(tmp_path / "run", sampler=DyingSampler(dies_at=2, interrupts=True), max_steps=5)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        await made.loop.run()
+    assert [step for step, _ in made.loop.run_dir.checkpoints()] == [2]
+    assert [row["step"] for row in made.metrics] == [1, 2]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("interrupted", [False, True])
+async def test_half_an_update_is_no_step_to_save(interrupted: bool, tmp_path: Path):
+    made = make(tmp_path / "run", max_steps=5, save_every=2, num_substeps=3)
+    step, rates = made.learner.step, []
+
+    def fail(rate: float) -> dict[str, float]:
+        rates.append(rate)
+        if len(rates) == 8:  # the second substep of the third step
+            if interrupted:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.05)
+            raise ProtegeError("no memory")
+        return step(rate)
+
+    made.learner.step = fail  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt if interrupted else ExceptionGroup):
+        await made.loop.run()
+    assert [step for step, _ in made.loop.run_dir.checkpoints()] == [2], "as it was saved when it was whole"
+
+
+@pytest.mark.anyio
+async def test_a_step_is_saved_though_its_evaluation_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made = make(tmp_path / "run", max_steps=4, save_every=2, eval_every=2)
+
+    async def fail() -> dict[str, float]:
+        if made.loop.step == 2:
+            raise NoSignalError("every attempt was dropped")
+        return {}
+
+    monkeypatch.setattr(made.loop, "evaluate", fail)
+    with pytest.raises(ExceptionGroup):
+        await made.loop.run()
+    assert [step for step, _ in made.loop.run_dir.checkpoints()] == [2]
