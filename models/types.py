@@ -158,6 +158,10 @@ class WeightSource(Protocol):
         """Write the adapter alone, in PEFT's format."""
         ...
 
+    def tensors(self) -> Mapping[str, Tensor]:
+        """What `save` writes, where the model is: the same names, types and values."""
+        ...
+
     def logprobs(self, token_ids: Sequence[int], temperature: float) -> list[float]:
         """Of every token but the first, each given those before it."""
         ...

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from models.causal_lm import CausalLM
 
@@ -23,6 +25,12 @@ class LMWeights:
     def has_adapter(self) -> bool:
         return hasattr(self._lm.model, "peft_config")
 
+    @property
+    def _bare(self) -> Any:
+        """Without PEFT around it."""
+        model: Any = self._lm.model
+        return model.get_base_model() if self.has_adapter else model
+
     def save(self, folder: Path) -> None:
         self._save(folder, merged=True)
 
@@ -35,6 +43,14 @@ class LMWeights:
         model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=[model.active_adapter])
 
     @torch.no_grad()
+    def tensors(self) -> dict[str, Tensor]:
+        model = self._bare
+        with self._lm.reading_with_its_adapters():
+            state = self._state(model, merged=True)
+        # As `save_pretrained` does: experts that are fused in memory have names of their own on a disk.
+        return revert_weight_conversion(model, remove_tied_weights_from_state_dict(state, model))
+
+    @torch.no_grad()
     def logprobs(self, token_ids: Sequence[int], temperature: float) -> list[float]:
         ids = torch.tensor(list(token_ids))
         logits = self._lm.logits(self._lm.hidden([ids])[:-1]) / temperature  # [T-1, v]
@@ -42,8 +58,7 @@ class LMWeights:
 
     @torch.no_grad()
     def _save(self, folder: Path, *, merged: bool) -> None:
-        model: Any = self._lm.model
-        model = model.get_base_model() if self.has_adapter else model
+        model = self._bare
         with self._lm.reading_with_its_adapters():  # a teacher's may be others than the student's on the same base
             state = self._state(model, merged)
         model.save_pretrained(folder, state_dict=state)

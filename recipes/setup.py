@@ -32,7 +32,7 @@ from models.transformers_scorer import TransformersScorer
 from models.types import Sampler, Scorer
 from models.vllm.preflight import Asked, ServerFacts
 from recipes import samplers
-from recipes.sampler_config import VLLMConfig, check_installed
+from recipes.sampler_config import VLLMConfig, check_handover, check_installed
 from recipes.student_config import StudentConfig
 from recipes.teacher_checks import check_teacher, renderer_for, student_source
 from recipes.teachers import EMA, CheckedTeacher, by_base, by_weights, weights_fingerprint
@@ -99,6 +99,7 @@ def check_models(config: StudentConfig, *, tools: bool = False) -> CheckedModels
     """
     device = default_device(config.device)
     check_installed(config.sampler)
+    check_handover(config.sampler, device, lora_rank=config.lora_rank)
     student, adapter = student_source(config)
     check_source(student)
     student_renderer = renderer_for(student, config.student_template_kwargs(), config.system_prompt or None)

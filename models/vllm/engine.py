@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from envs.types import SamplingParams
 from errors import SamplerError
+from models.types import WeightSource
 
 NO_LOGPROB = -9999.0  # what vLLM's servers send for a logprob that is missing, infinite or NaN
 
@@ -44,6 +45,9 @@ class Engine(Protocol):
     @property
     def takes_adapters(self) -> bool: ...  # LoRA is hot-loaded; else merged weights are reloaded
 
+    @property
+    def takes_tensors(self) -> bool: ...  # weights go from memory to memory; else a folder is read
+
     async def open(self) -> None: ...
 
     async def close(self) -> None: ...
@@ -67,6 +71,10 @@ class Engine(Protocol):
 
     async def reload(self, folder: Path, label: str) -> None:
         """Requests in flight are paused, and go on with the weights of `folder` from where they are."""
+        ...
+
+    async def transfer(self, source: WeightSource, label: str) -> None:
+        """The same as `reload`, with the weights of `source`. For engines that take tensors."""
         ...
 
     async def load_adapter(self, folder: Path, name: str) -> None: ...

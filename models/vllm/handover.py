@@ -1,4 +1,4 @@
-"""New weights for engines that keep a copy: written to the run's folder, read by every engine, and proven there."""
+"""New weights for engines that keep a copy: in the run's folder, or from memory to memory, and proven there."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ class Handover:
         folder, kept = self._model.folder / f".tmp-{label}", False
         try:
             await self._start(members, source, folder / "base", with_adapter=adapter is None)
-            if adapter is None:
-                await self._write(source.save, folder / "model")
-            else:
+            if adapter is not None:
                 await self._drop_older(members)
                 await self._write(source.save_adapter, folder / "adapter")
+            elif not all(member.engine.takes_tensors for member in members):
+                await self._write(source.save, folder / "model")
             async with anyio.create_task_group() as tasks:
                 for member in members:
                     if member.down is None:
@@ -98,10 +98,12 @@ class Handover:
         try:
             with anyio.fail_after(UPDATE_S):
                 await member.engine.wake()
-                if adapter is None:
-                    await member.engine.reload(folder / "model", label)
-                else:
+                if adapter is not None:
                     await member.engine.load_adapter(folder / "adapter", adapter)
+                elif member.engine.takes_tensors:
+                    await member.engine.transfer(source, label)
+                else:
+                    await member.engine.reload(folder / "model", label)
             with anyio.fail_after(PROOF_S):
                 await self._prove(member.engine, label, adapter, source)
         except (Transient, TimeoutError) as error:  # gone meanwhile: it gets them when it is back, at the next update

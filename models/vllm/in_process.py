@@ -8,7 +8,8 @@ import importlib
 import itertools
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,11 @@ import anyio.to_thread
 
 from envs.types import SamplingParams
 from errors import ProtegeError, SamplerError
+from models.device_thread import compute
+from models.types import WeightSource
 from models.vllm.engine import Answer, Outdated, Transient, Unreachable, checked_answer, sampling_params
 from models.vllm.orphans import Brood
+from models.vllm.transfer import Sender
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for
 DEFAULTS = {
@@ -39,6 +43,7 @@ class EngineOptions:
     enforce_eager: bool = False
     tensor_parallel_size: int = 1
     lora_rank: int = 0
+    transfer: str | None = None  # of `BACKENDS`: how tensors are handed over; None: in a folder
     sleeps: bool = False  # gives its memory back while the learner trains
     seed: int = 0
 
@@ -61,6 +66,8 @@ class EngineOptions:
         }
         if self.kv_cache_gib is not None:
             given["kv_cache_memory_bytes"] = int(self.kv_cache_gib * 2**30)
+        if self.transfer is not None:
+            given["weight_transfer_config"] = {"backend": self.transfer}
         if self.lora_rank:
             rank = next((rank for rank in LORA_RANKS if rank >= self.lora_rank), self.lora_rank)
             # Two: an old adapter finishes what it has begun while the new one begins.
@@ -77,6 +84,7 @@ class InProcessEngine:
         self.options = options
         self._llm: Any = None
         self._brood = Brood()
+        self._sender: Sender | None = None
         self._requests = itertools.count()
         self._adapters: dict[str, Any] = {}  # vLLM's requests for them
         self._adapter_ids = itertools.count(1)
@@ -85,6 +93,10 @@ class InProcessEngine:
     @property
     def takes_adapters(self) -> bool:
         return self.options.lora_rank > 0
+
+    @property
+    def takes_tensors(self) -> bool:
+        return self.options.transfer is not None
 
     async def open(self) -> None: ...
 
@@ -111,6 +123,7 @@ class InProcessEngine:
             with anyio.CancelScope(shield=True):
                 await anyio.to_thread.run_sync(llm.shutdown, 10.0)
                 await anyio.to_thread.run_sync(self._brood.end)
+        self._sender = None
         self._adapters.clear()
 
     async def generate(self, prompt_ids: Sequence[int], params: SamplingParams, adapter: str | None) -> Answer:
@@ -151,10 +164,31 @@ class InProcessEngine:
         return str(await self._call("get_weight_version"))
 
     async def reload(self, folder: Path, label: str) -> None:
-        await self._call("pause_generation", mode="keep", clear_cache=True)
-        try:
+        async with self._paused():
             await self._call("collective_rpc", "reload_weights", kwargs={"weights_path": str(folder.absolute())})
             await self._call("update_weight_version", label)
+
+    async def transfer(self, source: WeightSource, label: str) -> None:
+        assert self.options.transfer is not None
+        self._sender = self._sender or Sender(self.options.transfer, self._call, asyncio.get_running_loop())
+        async with self._paused():
+            try:
+                await compute(self._sender.send, source)
+            except (ProtegeError, Transient, TimeoutError):
+                raise
+            except Exception as error:  # vLLM's half here, or the device
+                raise ProtegeError(
+                    f"{self.name}: the weights could not be handed over by {self.options.transfer} "
+                    f"({type(error).__name__}: {error}). The run can be resumed, also with sampler.handover=folder"
+                ) from error
+            await self._call("update_weight_version", label)
+
+    @asynccontextmanager
+    async def _paused(self) -> AsyncIterator[None]:
+        """Requests wait where they are, and no prefix is kept."""
+        await self._call("pause_generation", mode="keep", clear_cache=True)
+        try:
+            yield
         except BaseException:
             with anyio.CancelScope(shield=True), contextlib.suppress(ProtegeError, Transient):
                 await self._call("resume_generation")
@@ -199,6 +233,8 @@ def _start(arguments: dict[str, Any], brood: Brood) -> Any:
     """In a thread: it takes a while."""
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
+    if "weight_transfer_config" in arguments:  # its calls to its own worker hold more than plain data
+        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     with _sigint_blocked(), brood.hatching():
         engine_args = _import("vllm.engine.arg_utils").AsyncEngineArgs(**arguments)
         return _import("vllm.v1.engine.async_llm").AsyncLLM.from_engine_args(engine_args)

@@ -19,6 +19,7 @@ import httpx2
 from envs.types import SamplingParams
 from errors import ProtegeError, SamplerError
 from models.server_pool import may_use_proxy
+from models.types import WeightSource
 from models.vllm.engine import Answer, Outdated, Transient, Unreachable, read_answer, sampling_params
 
 CONNECT_S = 10.0
@@ -34,6 +35,10 @@ class ServerEngine:
         self.takes_adapters = takes_adapters
         self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         self._client: httpx2.AsyncClient | None = None
+
+    @property
+    def takes_tensors(self) -> bool:
+        return False
 
     async def open(self) -> None:
         # Servers close what has been idle for five seconds: a request must not be on its way then.
@@ -89,6 +94,9 @@ class ServerEngine:
                 await self._order("/resume")
             raise
         await self._order("/resume")
+
+    async def transfer(self, source: WeightSource, label: str) -> None:
+        raise AssertionError("a server reads a folder")
 
     async def load_adapter(self, folder: Path, name: str) -> None:
         adapter = {"lora_name": name, "lora_path": str(folder.absolute())}

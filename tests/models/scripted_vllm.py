@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import torch
 
 from envs.types import SamplingParams
+from models.types import WeightSource
 from models.vllm.engine import Answer, Unreachable
 
 
@@ -41,6 +43,12 @@ class Weights:
     def save_adapter(self, folder: Path) -> None:
         self._save("adapter", folder)
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        if self.error is not None:
+            raise self.error
+        self.saved.append("tensors")
+        return {"value": torch.tensor(self.value)}
+
     def logprobs(self, token_ids: Sequence[int], temperature: float) -> list[float]:
         return [self.value] * (len(token_ids) - 1)
 
@@ -51,6 +59,7 @@ class ScriptedEngine:
 
     name: str = "engine"
     takes_adapters: bool = False
+    takes_tensors: bool = False
     started: bool = True
     deaf: bool = False  # it says that it took the weights, and goes on with the old ones
     down: bool = False
@@ -99,6 +108,14 @@ class ScriptedEngine:
         self.current = label
         if not self.deaf:
             self.value = float((folder / "value").read_text())
+
+    async def transfer(self, source: WeightSource, label: str) -> None:
+        self._check()
+        self.calls.append("transfer")
+        value = float(source.tensors()["value"])
+        self.current = label
+        if not self.deaf:
+            self.value = value
 
     async def load_adapter(self, folder: Path, name: str) -> None:
         self.calls.append("load")

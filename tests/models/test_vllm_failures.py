@@ -95,6 +95,26 @@ async def test_adapters_have_names_that_carry_the_version_and_old_ones_go(tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+async def test_tensors_are_handed_over_without_a_folder_and_proven_alike(tmp_path: Path):
+    engine, weights = ScriptedEngine(takes_tensors=True), Weights(-2.5)
+    async with sampler(tmp_path, engine) as s:
+        await s.update_weights(weights, 4)
+        sampled = await s.sample([1, 2], params(2))
+    assert (sampled.weight_version, sampled.logprobs) == (4, [-2.5] * 2)
+    assert weights.saved == ["tensors"] and "reload" not in engine.calls
+    async with sampler(tmp_path, ScriptedEngine(takes_tensors=True, deaf=True)) as s:
+        with pytest.raises(ProtegeError, match="did not take the weights"):
+            await s.update_weights(Weights(-3.0), 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_an_engine_that_reads_a_folder_beside_one_that_takes_tensors(tmp_path: Path):
+    one, other, weights = ScriptedEngine(takes_tensors=True), ScriptedEngine(), Weights(-2.5)
+    async with sampler(tmp_path, one, other) as s:
+        await s.update_weights(weights, 1)
+    assert sorted(weights.saved) == ["tensors", "whole"] and (one.value, other.value) == (-2.5, -2.5)
+
+
 async def test_one_server_without_adapters_gets_merged_weights_as_do_all(tmp_path: Path):
     able, other, weights = ScriptedEngine(takes_adapters=True), ScriptedEngine(), Weights(-1.5, has_adapter=True)
     async with sampler(tmp_path, able, other) as s:
@@ -359,6 +379,10 @@ def test_what_an_engine_here_is_told():
     assert (told["logprobs_mode"], told["generation_config"]) == ("processed_logprobs", "vllm")
     assert (told["gpu_memory_utilization"], told["max_model_len"], told["enable_sleep_mode"]) == (0.4, 4096, True)
     assert (told["max_lora_rank"], told["enable_lora"]) == (32, True)
+    assert EngineOptions("float32", 1, transfer="ipc").arguments(Path("m"))["weight_transfer_config"] == {
+        "backend": "ipc"
+    }
+    assert "weight_transfer_config" not in told
     assert "kv_cache_memory_bytes" not in told and "enable_lora" not in EngineOptions("float32", 1).arguments(Path("m"))
 
 

@@ -9,7 +9,7 @@ import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from models.adapters import add_lora, add_twin, attach_adapter
 from models.causal_lm import CausalLM
@@ -92,3 +92,38 @@ def test_an_engine_in_bfloat16_gets_half_the_bytes(tmp_path: Path):
     full, half = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("full", "half"))
     assert half < 0.6 * full
     assert all(weight.dtype == torch.float32 for weight in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied", "adapter", "bfloat16", "experts", "a teacher's adapter"])
+def test_tensors_are_what_a_folder_would_hold(tmp_path: Path, kind: str):
+    """Names, types, shapes and bits: what an engine reads does not depend on the way that it took."""
+    model = tiny.model("llama", tie_word_embeddings=kind == "tied")
+    if kind == "experts":
+        sizes = {"vocab_size": tiny.VOCAB, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1}
+        model = MixtralForCausalLM(MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)).eval()
+    lm = with_lora(model) if "adapter" in kind else CausalLM(model)
+    if kind == "bfloat16":
+        lm.compute_dtype = torch.bfloat16
+    if kind == "a teacher's adapter":
+        lm = lm.with_adapter(None)
+    weights = LMWeights(lm)
+    weights.save(tmp_path)
+    saved, sent = load_file(tmp_path / "model.safetensors"), weights.tensors()
+    assert sent.keys() == saved.keys()
+    for name, tensor in sent.items():
+        assert tensor.dtype == saved[name].dtype == lm.compute_dtype
+        assert torch.equal(tensor, saved[name]), name
+    assert ("lm_head.weight" in sent) == (kind != "tied")
+    if kind == "experts":
+        assert any("experts.0" in name for name in sent), "fused in memory, and not on a disk"
+
+
+def test_a_teacher_on_the_students_base_is_written_with_its_own_adapter(tmp_path: Path):
+    """And not with the one that the student trains."""
+    lm = with_lora(tiny.model("llama"))
+    base = lm.with_adapter(None)
+    LMWeights(base).save(tmp_path)
+    expected = torch.tensor(LMWeights(base).logprobs(IDS, 1.0))
+    found = tiny.plain_logprobs(loaded(tmp_path), IDS[:1], IDS[1:])
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert (expected - torch.tensor(LMWeights(lm).logprobs(IDS, 1.0))).abs().max() > 0.1

@@ -28,7 +28,7 @@ QUICK = Waits(patience_s=0.2, look_every_s=0.05)
 class CopyEngine:
     """`Engine` on the model in the folder that it was last handed."""
 
-    takes_adapters, started = False, True
+    takes_adapters, takes_tensors, started = False, False, True
 
     def __init__(self, name: str, dies_after: float = float("inf")) -> None:
         self.name = name

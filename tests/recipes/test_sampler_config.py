@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import pytest
+import torch
 
 from errors import ConfigError
 from recipes.cli import help_text, parse_config
 from recipes.on_policy_distillation import Config, presets
-from recipes.sampler_config import SamplerConfig, TransformersConfig, VLLMConfig, check_installed
+from recipes.sampler_config import SamplerConfig, TransformersConfig, VLLMConfig, check_handover, check_installed
 
 
 def parsed(*argv: str) -> SamplerConfig:
@@ -45,6 +47,12 @@ def test_several_servers_are_listed_and_each_counts_once():
         (["sampler.url=a:1"], "'a:1' is not http://host:port"),
         (["sampler.url=http://a:1", "sampler.max_model_len=5"], "their own command line"),
         (["sampler.gpu_memory_utilization=3"], "at most 1"),
+        (["sampler.url=http://a:1", "sampler.handover=ipc"], "their own command line"),
+        (["sampler.handover=ipc", "sampler.tensor_parallel_size=2"], "on several: leave one of them out"),
+        (["sampler.handover=nccl"], "expected one of folder, ipc"),
+        (["sampler=vllm", "sampler.token_env=TOKEN"], "the token in TOKEN is for servers"),
+        (["sampler.url=http://a:1", "sampler.token_env=A", "sampler.token_file=b"], "give one of them"),
+        (["sampler.url=http://me:secret@a:1"], "sampler.url holds a user or a password"),
         (["sampler.timeout_s=0"], "sampler.timeout_s=0.0: expected a positive number"),
     ],
 )
@@ -65,3 +73,32 @@ def test_a_missing_vllm_is_named_with_the_way_out(monkeypatch: pytest.MonkeyPatc
         check_installed(VLLMConfig())
     check_installed(VLLMConfig(url="http://a:1"))
     check_installed(TransformersConfig())
+
+
+@pytest.mark.parametrize(
+    ("device", "lora_rank", "says"),
+    [
+        ("cpu", 0, "takes, cuda:0, and the student is on cpu"),
+        ("cuda:1", 0, "cuda:1"),
+        ("cuda", 8, "which is a small file"),
+        ("cuda", 0, None),
+    ],
+)
+def test_memory_is_shared_on_one_gpu_alone(device: str, lora_rank: int, says: str | None):
+    config = VLLMConfig(handover="ipc")
+    if says is None:
+        check_handover(config, torch.device(device), lora_rank=lora_rank)
+        return
+    with pytest.raises(ConfigError, match=says):
+        check_handover(config, torch.device(device), lora_rank=lora_rank)
+    check_handover(VLLMConfig(), torch.device(device), lora_rank=lora_rank)
+
+
+@pytest.mark.parametrize("text", ["", "two words", "\u00fc"])
+def test_a_file_that_holds_no_token_is_named(tmp_path: Path, text: str):
+    (tmp_path / "token").write_text(text)
+    config = VLLMConfig(url="http://a:1", token_file=str(tmp_path / "token"))
+    with pytest.raises(ConfigError, match=r"sampler.token_file=.*expected one line"):
+        config.token()
+    (tmp_path / "token").write_text("s3cret\n")
+    assert config.token() == "s3cret"

@@ -202,15 +202,15 @@ def test_an_evaluation_and_a_capture_on_servers(
     assert there == evaluated(tmp_path, model_name=models["teacher_model"])
     recipe, options = capture_teacher, {
         "dataset": "arithmetic", "max_rows": 8, "max_tokens": 6, "device": "cpu", "top_k": 4, "completions": "teacher",
-        "output_path": tmp_path / "capture.jsonl",
     }  # fmt: skip
 
-    def capture(**more: Any) -> None:
+    def capture(name: str, **more: Any) -> None:
+        more["output_path"] = tmp_path / name
         recipe.main(parse_config(recipe.Config, [f"{key}={value}" for key, value in {**options, **more}.items()]))
 
     with pytest.raises(ConfigError, match="serves another model, or other weights"):
-        capture(teacher_model=models["model_name"], **{"sampler.url": first})
-    capture(model_name=models["model_name"], **{"sampler.url": second, "teacher.url": second})
+        capture("another.jsonl", teacher_model=models["model_name"], **{"sampler.url": first})
+    capture("capture.jsonl", model_name=models["model_name"], **{"sampler.url": second, "teacher.url": second})
     assert len((tmp_path / "capture.jsonl").read_text().splitlines()) == 1 + 8
 
 
