@@ -133,8 +133,11 @@ class Handover:
         older, self._adapters = self._adapters[:-1], self._adapters[-1:]
         for name, folder in older:
             for member in members:
-                if member.down is None and await member.engine.has_adapter(name):
-                    await member.engine.drop_adapter(name)
+                try:
+                    if member.down is None and await member.engine.has_adapter(name):
+                        await member.engine.drop_adapter(name)
+                except Transient as error:  # as in `_give`
+                    member.take_out(str(error))
             await _remove(folder)
 
     async def _write(self, save: Callable[[Path], None], folder: Path) -> None:

@@ -89,6 +89,7 @@ class InProcessEngine:
         self._adapters: dict[str, Any] = {}  # vLLM's requests for them
         self._adapter_ids = itertools.count(1)
         self._asleep = False
+        self._power = anyio.Lock()  # requests that come at once all wake it
 
     @property
     def takes_adapters(self) -> bool:
@@ -207,14 +208,16 @@ class InProcessEngine:
         return name in self._adapters
 
     async def sleep(self) -> None:
-        if self._llm is not None and self.options.sleeps and not self._asleep:
-            await self._call("sleep", level=1)  # weights to the host's memory, keys and values away
-            self._asleep = True
+        async with self._power:
+            if self._llm is not None and self.options.sleeps and not self._asleep:
+                await self._call("sleep", level=1)  # weights to the host's memory, keys and values away
+                self._asleep = True
 
     async def wake(self) -> None:
-        if self._asleep:
-            await self._call("wake_up")
-            self._asleep = False
+        async with self._power:
+            if self._asleep:
+                await self._call("wake_up")
+                self._asleep = False
 
     async def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Of the engine. Raises `Unreachable`, `ProtegeError`."""

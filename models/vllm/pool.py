@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import anyio
 
-from errors import SamplerUnavailableError
+from errors import SamplerError, SamplerUnavailableError
 from models.vllm.engine import Engine, Outdated, Transient, Unreachable
 
 REMEMBERED = 1 << 16  # turns whose engine is known
@@ -115,7 +115,7 @@ class Pool:
                 await member.engine.check_alive()
                 if member.down is not None:
                     await check_current(member.engine, label, adapter)
-        except (Transient, TimeoutError) as error:
+        except (Transient, TimeoutError, SamplerError) as error:  # the last: what answers there is no vLLM
             member.misses += 1
             why = str(error) or f"{member.engine.name} did not answer within {timeout_s:g} s"
             if isinstance(error, Outdated):

@@ -17,6 +17,7 @@ from models.vllm.handover import Handover, Model
 from models.vllm.pool import Member, Pool
 
 TRIES = 4
+SLEEP_S = 600.0  # weights of any size are in the host's memory by then
 
 
 @dataclass(frozen=True)
@@ -119,11 +120,11 @@ class VLLMSampler:
         return member.down is None
 
     async def _sample_at(self, member: Member, prompt_ids: list[int], params: SamplingParams) -> Sampled:
-        await member.engine.wake()
         with anyio.CancelScope() as scope:  # cancelled when the engine is found to be gone
             member.scopes.add(scope)
             try:
                 with anyio.fail_after(self.waits.request_s):
+                    await member.engine.wake()
                     answer = await member.engine.generate(prompt_ids, params, self._adapter)
             except TimeoutError as error:
                 raise SamplerError(
@@ -155,7 +156,11 @@ class VLLMSampler:
         if self._requests:
             raise SamplerError("the sampler cannot sleep while requests are running")
         for member in self._pool.alive:
-            await member.engine.sleep()
+            try:
+                with anyio.fail_after(SLEEP_S):
+                    await member.engine.sleep()
+            except (Transient, TimeoutError) as error:  # the next weights find no engine, and say so
+                member.take_out(str(error) or f"{member.engine.name} froze while it gave its memory back")
 
     async def update_weights(self, source: WeightSource, version: int) -> None:
         """Raises `ProtegeError`: weights that did not arrive, `SamplerUnavailableError`: at no engine."""

@@ -24,7 +24,7 @@ from scripted_vllm import ScriptedEngine, Weights, generated, scripted_server
 from errors import ConfigError, ProtegeError, SamplerError, SamplerUnavailableError
 from models.vllm.engine import Transient, Unreachable
 from models.vllm.handover import Model
-from models.vllm.in_process import EngineOptions
+from models.vllm.in_process import EngineOptions, InProcessEngine
 from models.vllm.orphans import runs
 from models.vllm.preflight import Asked, check_servers
 from models.vllm.sampler import VLLMSampler, Waits
@@ -202,6 +202,69 @@ async def test_a_turn_that_takes_too_long_is_given_up(tmp_path: Path):
     async with sampler(tmp_path, ScriptedEngine(delay_s=60), waits=waits) as s:
         with anyio.fail_after(5), pytest.raises(SamplerError, match=r"more than 0.1 s.*sampler.timeout_s"):
             await s.sample([1, 2], params(1))
+
+
+async def test_an_engine_that_dies_as_it_goes_to_sleep_is_no_crash(tmp_path: Path):
+    class Dies(ScriptedEngine):
+        async def sleep(self) -> None:
+            self.down = True
+            self._check()
+
+    async with sampler(tmp_path, Dies("a")) as s:
+        await s.update_weights(Weights(), 1)
+        await s.sleep()
+        with pytest.raises(SamplerUnavailableError, match="a is gone"):
+            await s.update_weights(Weights(), 2)
+
+
+async def test_a_server_that_dies_as_old_adapters_are_dropped_is_no_crash(tmp_path: Path):
+    class Dies(ScriptedEngine):
+        async def has_adapter(self, name: str) -> bool:
+            self.down = True
+            self._check()
+            return True
+
+    dying, other, weights = Dies("a", takes_adapters=True), ScriptedEngine("b", takes_adapters=True), Weights()
+    weights.has_adapter = True
+    async with sampler(tmp_path, dying, other) as s:
+        for version in (1, 2, 3):
+            await s.update_weights(weights, version)
+        assert (await s.sample([1, 2], params(1))).weight_version == 3
+    assert dying.down and len(other.adapters) == 2
+
+
+async def test_what_answers_in_place_of_a_server_is_not_used_and_does_not_end_the_run(tmp_path: Path):
+    class Replaced(ScriptedEngine):
+        async def label(self) -> str:
+            raise SamplerError("a sent no JSON")
+
+    away, other = Replaced("a"), ScriptedEngine("b")
+    async with sampler(tmp_path, away, other, slots=1) as s:
+        await s.update_weights(Weights(), 1)
+        away.down = True
+        await s.sample([1, 2], params(1))
+        away.down = False
+        before = len(away.asked)
+        for _ in range(5):
+            await s.sample([1, 3], params(1))
+            await anyio.sleep(0.03)  # it is looked at meanwhile
+        assert len(away.asked) == before
+
+
+async def test_requests_that_come_at_once_wake_an_engine_once(monkeypatch: pytest.MonkeyPatch):
+    engine, calls = InProcessEngine(EngineOptions("float32", 4, sleeps=True)), []
+
+    async def call(method: str, **_: Any) -> None:
+        calls.append(method)
+        await anyio.sleep(0.01)
+
+    monkeypatch.setattr(engine, "_call", call)
+    monkeypatch.setattr(engine, "_llm", object())
+    await engine.sleep()
+    async with anyio.create_task_group() as tasks:
+        for _ in range(5):
+            tasks.start_soon(engine.wake)
+    assert calls == ["sleep", "wake_up"]
 
 
 async def test_one_broken_connection_breaks_no_other(tmp_path: Path):
