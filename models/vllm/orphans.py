@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import psutil
@@ -47,6 +48,7 @@ class Brood:
             cwd=Path(__file__).anchor,  # so as not to hold a folder that is to be removed
             start_new_session=True,  # Ctrl-C is not for it
         )
+        resource_tracker.ensure_running()  # the whole process's, and not this brood's
         os.environ[VARIABLE] = self._mark
         try:
             yield

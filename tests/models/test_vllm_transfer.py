@@ -53,6 +53,59 @@ def by_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield file_transfer
 
 
+# --- whole runs: before the engine below, whose event loop goes on until the last test
+
+
+def test_a_run_trains_as_by_way_of_a_folder(by_file: Any, tmp_path: Path):
+    """Two steps, each sampled from what the last one made: the same tokens, logprobs and KL."""
+    models = {
+        "model_name": tiny_models.make_model(tmp_path / "student", seed=1, hidden=64),
+        "teacher_model": tiny_models.make_model(tmp_path / "teacher", seed=2, hidden=64),
+    }
+    options = {
+        "objective": "jsd", "learning_rate": 3e-2, "eval_size": 0, "sampler": "vllm", "sampler__enforce_eager": True,
+        "sampler__max_model_len": 128,
+    }  # fmt: skip
+    folder = tiny_models.run(tmp_path / "folder", models, **options)
+    made, before = samplers.engine_options, len(by_file.Trainer.sent)
+
+    def with_transfer(*arguments: Any, **named: Any) -> EngineOptions:
+        return replace(made(*arguments, **named), transfer=by_file.NAME)
+
+    with mock.patch.object(samplers, "engine_options", with_transfer):
+        transferred = tiny_models.run(tmp_path / "transfer", models, **options)
+    assert len(by_file.Trainer.sent) == before + 3, "before the first step, and after each"
+    for step in (1, 2):
+        ours, theirs = (tiny_models.episodes(run, step) for run in (transferred, folder))
+        assert [e["token_ids"] for e in ours] == [e["token_ids"] for e in theirs]
+        for one, other in zip(ours, theirs, strict=True):
+            assert one["sampler_logprobs"] == pytest.approx(other["sampler_logprobs"], abs=1e-4, nan_ok=True)
+            assert one["weight_version"] == step - 1
+    for one, other in zip(tiny_models.training_rows(transferred), tiny_models.training_rows(folder), strict=True):
+        assert one["kl"] == pytest.approx(other["kl"], abs=1e-4) and one["sampler_gap/max"] < 0.01
+
+
+@pytest.mark.gpu
+def test_a_run_trains_over_cuda_ipc(tmp_path: Path):
+    """On a GPU that student and engine share."""
+    models = {
+        "model_name": tiny_models.make_model(tmp_path / "student", seed=1, hidden=128),
+        "teacher_model": tiny_models.make_model(tmp_path / "teacher", seed=2, hidden=128),
+    }
+    options = {
+        "objective": "jsd", "learning_rate": 3e-2, "eval_size": 0, "device": "cuda", "sampler": "vllm",
+        "sampler__enforce_eager": True, "sampler__max_model_len": 128, "sampler__gpu_memory_utilization": 0.3,
+    }  # fmt: skip
+    for handover in ("ipc", "folder"):
+        run = tiny_models.run(tmp_path / handover, models, **options, sampler__handover=handover)
+        rows = tiny_models.training_rows(run)
+        assert len(rows) == 2 and all(row["mismatch_kl"] < 0.01 for row in rows)
+        assert not tiny_models.leftovers(run)
+
+
+# --- one engine
+
+
 @pytest.fixture(scope="module")
 async def engine(by_file: Any, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[InProcessEngine]:
     folder = tmp_path_factory.mktemp("model")
@@ -137,50 +190,3 @@ async def test_a_transfer_that_fails_ends_the_run_and_never_goes_on_with_stale_w
         with pytest.raises(ProtegeError, match=says) as caught:
             await sampler.update_weights(weights, 1)
     assert not isinstance(caught.value, SamplerError), "no episode is dropped for it: the run ends"
-
-
-def test_a_run_trains_as_by_way_of_a_folder(by_file: Any, tmp_path: Path):
-    """Two steps, each sampled from what the last one made: the same tokens, logprobs and KL."""
-    models = {
-        "model_name": tiny_models.make_model(tmp_path / "student", seed=1, hidden=64),
-        "teacher_model": tiny_models.make_model(tmp_path / "teacher", seed=2, hidden=64),
-    }
-    options = {
-        "objective": "jsd", "learning_rate": 3e-2, "eval_size": 0, "sampler": "vllm", "sampler__enforce_eager": True,
-        "sampler__max_model_len": 128,
-    }  # fmt: skip
-    folder = tiny_models.run(tmp_path / "folder", models, **options)
-    made, before = samplers.engine_options, len(by_file.Trainer.sent)
-
-    def with_transfer(*arguments: Any, **named: Any) -> EngineOptions:
-        return replace(made(*arguments, **named), transfer=by_file.NAME)
-
-    with mock.patch.object(samplers, "engine_options", with_transfer):
-        transferred = tiny_models.run(tmp_path / "transfer", models, **options)
-    assert len(by_file.Trainer.sent) == before + 3, "before the first step, and after each"
-    for step in (1, 2):
-        ours, theirs = (tiny_models.episodes(run, step) for run in (transferred, folder))
-        assert [e["token_ids"] for e in ours] == [e["token_ids"] for e in theirs]
-        for one, other in zip(ours, theirs, strict=True):
-            assert one["sampler_logprobs"] == pytest.approx(other["sampler_logprobs"], abs=1e-4, nan_ok=True)
-            assert one["weight_version"] == step - 1
-    for one, other in zip(tiny_models.training_rows(transferred), tiny_models.training_rows(folder), strict=True):
-        assert one["kl"] == pytest.approx(other["kl"], abs=1e-4) and one["sampler_gap/max"] < 0.01
-
-
-@pytest.mark.gpu
-def test_a_run_trains_over_cuda_ipc(tmp_path: Path):
-    """On a GPU that student and engine share."""
-    models = {
-        "model_name": tiny_models.make_model(tmp_path / "student", seed=1, hidden=128),
-        "teacher_model": tiny_models.make_model(tmp_path / "teacher", seed=2, hidden=128),
-    }
-    options = {
-        "objective": "jsd", "learning_rate": 3e-2, "eval_size": 0, "device": "cuda", "sampler": "vllm",
-        "sampler__enforce_eager": True, "sampler__max_model_len": 128, "sampler__gpu_memory_utilization": 0.3,
-    }  # fmt: skip
-    for handover in ("ipc", "folder"):
-        run = tiny_models.run(tmp_path / handover, models, **options, sampler__handover=handover)
-        rows = tiny_models.training_rows(run)
-        assert len(rows) == 2 and all(row["mismatch_kl"] < 0.01 for row in rows)
-        assert not tiny_models.leftovers(run)

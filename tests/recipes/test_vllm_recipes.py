@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import pytest
@@ -19,7 +20,8 @@ from tiny_models import evaluation_rows, training_rows
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 import vllm_server
 
-from errors import ConfigError, ProtegeError
+from errors import ConfigError
+from models.vllm.in_process import InProcessEngine
 from recipes import capture_teacher, evaluate
 from recipes.cli import parse_config
 
@@ -124,13 +126,20 @@ def test_a_signal_to_the_run_and_its_engine_loses_no_finished_step(tmp_path: Pat
 
 
 def test_an_engine_that_does_not_start_leaves_nothing(tmp_path: Path, models: dict[str, str]):
-    """Its memory is refused by its own process, after that was started."""
+    """Its own process finds the weights broken, after that was started."""
     before = set(psutil.Process().children(recursive=True))
-    with pytest.raises(ProtegeError, match="vLLM did not start"):
-        tiny_models.run(tmp_path / "run", models, sampler="vllm", sampler__kv_cache_gib=1e-6)
+    start_engine = InProcessEngine.start
+
+    async def broken(self: InProcessEngine, model: Path) -> None:
+        (model / "model.safetensors").write_bytes(b"no tensors")
+        await start_engine(self, model)
+
+    with mock.patch.object(InProcessEngine, "start", broken), pytest.raises(ExceptionGroup) as raised:
+        tiny_models.run(tmp_path / "run", models, sampler="vllm", sampler__enforce_eager=True)
+    assert "vLLM did not start" in str(raised.value.exceptions[0])
     left = [p for p in psutil.Process().children(recursive=True) if p not in before and _runs(p)]
     assert not [p for p in left if "resource_tracker" not in " ".join(p.cmdline())], left
-    assert not tiny_models.leftovers(tmp_path)
+    assert not tiny_models.leftovers(tmp_path) and not (tmp_path / "run").exists()
 
 
 def _runs(process: psutil.Process) -> bool:
