@@ -86,6 +86,7 @@ def test_a_run_trains_as_by_way_of_a_folder(by_file: Any, tmp_path: Path):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_run_trains_over_cuda_ipc(tmp_path: Path):
     """On a GPU that student and engine share."""
     models = {
