@@ -7,11 +7,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import anyio
+import chz
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from errors import ConfigError
 from models.causal_lm import CausalLM
+from models.sources import context_length
 from models.transformers_sampler import TransformersSampler
 from models.types import Sampler
 from models.vllm.handover import Model
@@ -141,6 +143,9 @@ def _in_process(
     *,
     lora_rank: int,
 ) -> VLLMSampler:
+    given, own = options.max_model_len, context_length(lm.model.config)
+    if given is not None and own is not None and given > own:  # of the models of a run, another has the longer context
+        options = chz.replace(options, max_model_len=own)
     return VLLMSampler(
         [InProcessEngine(engine_options(config, options, lm.device, lm.compute_dtype, lora_rank=lora_rank))],
         Model(folder, tokenizer, dtype_name(lm.compute_dtype)),

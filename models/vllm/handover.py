@@ -23,10 +23,9 @@ PROBE = "Weights that were handed over must say the same here as there: 2 + 2 = 
 LONGEST_PROMPT, PROBE_TOKENS = 32, 16  # any context has room for them
 UPDATE_S, PROOF_S = 1800.0, 300.0  # an engine that takes longer has frozen
 ALLOWED = {"float32": 1e-3, "bfloat16": 0.2}
-"""Largest mean difference over `PROBE_TOKENS` tokens, in nats, of an engine's logprobs from the learner's that is rounding.
-
-In bfloat16 sixteen tokens of a 135M model differed by 0.04 on average and by 0.07 at most (docs/results.md). A false alarm
-would come again whenever the run is resumed, and other weights than the learner's differ by far more, or by their label."""
+"""Largest mean difference over `PROBE_TOKENS` tokens, in nats, of an engine's logprobs from the learner's that is
+rounding. In bfloat16 sixteen tokens of a 135M model differed by 0.04 on average, by 0.07 at most (docs/results.md).
+A false alarm would come again whenever the run is resumed; other weights differ by far more, or by their label."""
 
 
 @dataclass(frozen=True)

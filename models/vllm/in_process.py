@@ -122,8 +122,10 @@ class InProcessEngine:
             if llm.output_handler is not None:
                 llm.output_handler.cancel()  # else it takes the end for a crash, and prints a traceback
             with anyio.CancelScope(shield=True):
-                await anyio.to_thread.run_sync(llm.shutdown, 10.0)
-                await anyio.to_thread.run_sync(self._brood.end)
+                try:
+                    await anyio.to_thread.run_sync(llm.shutdown, 10.0)
+                finally:
+                    await anyio.to_thread.run_sync(self._brood.end)
         self._sender = None
         self._adapters.clear()
 

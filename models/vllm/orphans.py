@@ -25,6 +25,7 @@ import psutil
 
 VARIABLE = "PROTEGE_ENGINE"
 EAGER_S, LAZY_S = 0.2, 2.0  # between two looks
+KILL_S = 30.0  # what a kill has not ended by then hangs in the kernel
 SETTLED_S = 60.0  # without a new process: the engine has started
 
 
@@ -56,7 +57,7 @@ class Brood:
             os.environ.pop(VARIABLE, None)
 
     def end(self) -> None:
-        """Blocks for as long as the processes take to end, and no longer than `grace_s` and a moment."""
+        """Blocks for as long as the processes take to end, and no longer than `grace_s` and half a minute."""
         if self._guard is not None:
             self._guard.terminate()
             self._guard.wait()
@@ -108,8 +109,8 @@ class Watch:
         deadline = time.monotonic() + grace_s
         while self.alive() and time.monotonic() < deadline:
             time.sleep(0.05)
-        quiet = 0
-        while quiet < 2:
+        quiet, given_up = 0, time.monotonic() + KILL_S
+        while quiet < 2 and time.monotonic() < given_up:
             self.look_everywhere()
             left = self.alive()
             for process in left:

@@ -7,11 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from errors import ConfigError
+from models.causal_lm import CausalLM
+from models.vllm.in_process import InProcessEngine
+from models.vllm.sampler import VLLMSampler
 from recipes.cli import help_text, parse_config
 from recipes.on_policy_distillation import Config, presets
 from recipes.sampler_config import SamplerConfig, TransformersConfig, VLLMConfig, check_handover, check_installed
+from recipes.samplers import make_teacher_sampler
 
 
 def parsed(*argv: str) -> SamplerConfig:
@@ -102,3 +107,17 @@ def test_a_file_that_holds_no_token_is_named(tmp_path: Path, text: str):
         config.token()
     (tmp_path / "token").write_text("s3cret\n")
     assert config.token() == "s3cret"
+
+
+@pytest.mark.parametrize(("given", "engine"), [(None, None), (100, 100), (4096, 128)])
+def test_an_engine_reads_no_more_than_its_own_model(
+    tmp_path: Path, student: str, given: int | None, engine: int | None
+):
+    """A teacher's, which is given the student's options."""
+    config = parse_config(Config, ["sampler=vllm", f"sampler.max_model_len={given}", "lora_rank=4"], presets=presets)
+    lm = CausalLM(AutoModelForCausalLM.from_pretrained(student))
+    made = make_teacher_sampler(config, lm, AutoTokenizer.from_pretrained(student), folder=tmp_path)
+    assert isinstance(made, VLLMSampler)
+    (member,) = made._pool.members
+    assert isinstance(member.engine, InProcessEngine)
+    assert (member.engine.options.max_model_len, member.engine.options.lora_rank) == (engine, 0)
