@@ -17,33 +17,30 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import anyio
 import anyio.to_thread
 import chz
-import numpy as np
-from torch import Tensor
 
 from envs.datasets import Dataset, Row, fingerprint
-from envs.given import GivenGroupBuilder, answer_ids, given_answer
+from envs.given import answer_ids, given_answer
 from envs.rendering import tokenizer_fingerprint
-from envs.rollout import derive_seed
 from envs.sources import load_dataset_rows, locate
-from envs.types import Episode, EpisodeLog, Observation, SamplingParams, StopReason
+from envs.types import Episode
 from errors import ConfigError, DataError
 from models.device_thread import compute
 from models.loading import load_config
-from models.types import Sampler, Scorer, Signal, TeacherTopK, TeacherView
-from models.vllm.handover import ALLOWED
+from models.types import Sampler, Scorer, TeacherTopK
 from models.vllm.preflight import Asked
 from recipes import samplers, setup
 from recipes.cli import run_cli
 from recipes.config import DEFAULT_TOP_K, TrainConfig
 from recipes.sampler_config import SamplerConfig, TransformersConfig, sampler_field, servers_of
 from recipes.served import ServerOptions
+from recipes.teacher_answers import check_who_answered, sampled_answers
 from recipes.teachers import refuse_ema
 from training.capture import CaptureHeader, CaptureWriter, captured
 from training.capture_files import writer as capture_writer
@@ -347,33 +344,10 @@ async def _score_all(
         views = [teacher.views.view(episode) for episode in episodes]
         signals = await scorer.score(views, TeacherTopK(config.top_k))
         if checked.sampled_at is not None:
-            _check_it_served_the_teacher(checked.sampled_at, episodes, views, signals)
+            check_who_answered(checked.sampled_at, episodes, views, signals)
         found = [captured(e, s) for e, s in zip(episodes, signals, strict=True) if e.row_id not in writer.done]
         await anyio.to_thread.run_sync(writer.append, found)
         print(f"{min(start + BATCH, len(rows))} of {len(rows)} examples")
-
-
-def _check_it_served_the_teacher(
-    asked: Asked, episodes: Sequence[Episode], views: Sequence[TeacherView], signals: Sequence[Signal]
-) -> None:
-    """Raises `ConfigError` if answers are less likely, or likelier, to the teacher than to what sampled them."""
-    gaps = np.concatenate(
-        [
-            np.abs(episode.sampler_logprobs[view.student_positions] - _logprobs(signal).numpy())
-            for episode, view, signal in zip(episodes, views, signals, strict=True)
-        ]
-    )
-    if not (gap := float(gaps.mean())) <= (allowed := ALLOWED["bfloat16"]):
-        raise ConfigError(
-            f"{asked.option}={','.join(asked.urls)}: the logprobs of its answers differ from the teacher's by "
-            f"{gap:.2g} nats a token, more than {allowed}: it serves another model, or other weights. Nothing of these "
-            "answers was written. Start it with the teacher's folder or hub id"
-        )
-
-
-def _logprobs(signal: Signal) -> Tensor:
-    assert signal.logprobs is not None
-    return signal.logprobs
 
 
 async def _episodes(config: Config, checked: Checked, rows: Sequence[Row], sampler: Sampler | None) -> list[Episode]:
@@ -381,7 +355,15 @@ async def _episodes(config: Config, checked: Checked, rows: Sequence[Row], sampl
         return [checked.saved[row.row_id] for row in rows]
     if config.completions == "teacher":
         assert sampler is not None
-        episodes = await _sampled(config, checked, rows, sampler)
+        episodes = await sampled_answers(
+            rows,
+            sampler,
+            checked.models,
+            dataset=checked.header.dataset,
+            max_tokens=_max_tokens(config),
+            temperature=config.temperature,
+            seed=config.seed,
+        )
         await sampler.sleep()
         return episodes
     header, renderer = checked.header, checked.models.student_renderer
@@ -389,34 +371,6 @@ async def _episodes(config: Config, checked: Checked, rows: Sequence[Row], sampl
         given_answer(row, renderer, dataset=header.dataset, teacher=header.teacher, max_length=sys.maxsize)
         for row in rows  # their lengths were checked
     ]
-
-
-async def _sampled(config: Config, checked: Checked, rows: Sequence[Row], sampler: Sampler) -> list[Episode]:
-    """The teacher's answers to its own prompts, after the student's prompts and with the student's end of turn."""
-    teacher, student = checked.models.only_teacher, checked.models.student_renderer
-    swap = teacher.views.swap
-    mine = {} if swap is None else {swap[0]: swap[1], swap[1]: swap[0]}
-    episodes: dict[int, Episode] = {}
-
-    async def one(i: int, row: Row) -> None:
-        params = SamplingParams(
-            max_tokens=_max_tokens(config),
-            stop=teacher.renderer.stop,
-            temperature=config.temperature,
-            seed=derive_seed(config.seed, row.row_id),
-        )
-        sampled = await sampler.sample(teacher.renderer.prompt(row.teacher_messages or row.messages), params)
-        log = EpisodeLog(Observation(student.prompt(row.messages), row.messages))
-        log.append_sampled(replace(sampled, token_ids=[mine.get(token, token) for token in sampled.token_ids]))
-        header = checked.header
-        builder = GivenGroupBuilder(header.dataset, row.row_id, header.teacher, row.teacher_messages, ())
-        ended = StopReason.COMPLETED if sampled.stopped else StopReason.MAX_TOKENS
-        episodes[i] = log.finish(builder, ended, 0.0, {}, {})
-
-    async with anyio.create_task_group() as tasks:
-        for i, row in enumerate(rows):
-            tasks.start_soon(one, i, row)
-    return [episodes[i] for i in range(len(rows))]
 
 
 if __name__ == "__main__":
