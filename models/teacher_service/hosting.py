@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from errors import ModelError, TeacherError
+from errors import ModelError, ProtegeError, TeacherError
 from models.causal_lm import CausalLM
 from models.device_thread import compute
 from models.teacher_service.head import LinearHead, raw, take_head
@@ -103,7 +103,8 @@ class Checkpoint:
         except (
             Exception
         ) as error:  # transformers raises errors of all kinds; kept by name, an error holds what was loaded
-            logger.error("model %s could not be loaded: %s", name, error)
+            unexpected = not isinstance(error, ProtegeError)
+            logger.error("model %s could not be loaded: %s", name, error, exc_info=unexpected)
             self._failure, self._failed_at = type(error).__name__, time.monotonic()
 
 

@@ -33,7 +33,7 @@ from tiny import plain_logits
 from errors import ConfigError, ModelError
 from models.teacher_service import hosting
 from models.teacher_service.hosting import ServedModel
-from recipes import samplers, serve_teacher
+from recipes import capture_teacher, evaluate, replay, samplers, serve_teacher
 from recipes.cli import parse_config
 
 TOP_K = {"objective": "topk_forward_kl", "top_k": 4}
@@ -220,6 +220,43 @@ def test_episodes_with_tools_are_judged_by_a_plain_server(tmp_path: Path, tool_m
 def turns_of(episode: dict[str, Any]) -> int:
     """How often what the student sampled begins."""
     return sum(now and not before for before, now in itertools.pairwise(episode["sampled"]))
+
+
+# --- other recipes
+
+
+@pytest.mark.slow
+def test_captures_replays_and_evaluations_of_our_own_service_are_those_of_the_teacher_here(
+    tmp_path: Path, models: dict[str, str], teacher: str, service: Running
+):
+    rows = [{"messages": [{"role": "user", "content": f"1{i}+2"}], "completion": f"={i + 12}"} for i in range(3)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    saved = run(tmp_path / "saved", models, eval_size=0, max_steps=1, **REVERSE_KL)
+    found: list[tuple[Any, Any, Any]] = []
+    for i, where in enumerate(({}, own(service, teacher))):
+        common = {**models, **where, "device": "cpu"}
+        captured = tmp_path / f"captured{i}.jsonl"
+        given = {"dataset": tmp_path / "rows.jsonl", "top_k": 4, "output_path": captured}
+        call(capture_teacher, common | given)
+        call(replay, common | {"saved": saved, "log_path": tmp_path / f"again{i}", "learning_rate": 1e-2, **FULL})
+        call(evaluate, common | {"eval_size": 8, "max_tokens": 6, "output_path": tmp_path / f"numbers{i}.json"})
+        lines = [json.loads(line) for line in captured.read_text().splitlines()[1:]]
+        numbers = json.loads((tmp_path / f"numbers{i}.json").read_text())
+        found.append((lines, training_rows(tmp_path / f"again{i}"), numbers))
+    (lines, again, numbers), (far_lines, far_again, far_numbers) = found
+    for near, far in zip(lines, far_lines, strict=True):
+        assert near["topk_ids"] == far["topk_ids"]
+        for a, b in zip(near["topk_logprobs"], far["topk_logprobs"], strict=True):
+            assert b == pytest.approx(a, abs=1e-4)
+    assert [row["kl"] for row in far_again] == pytest.approx([row["kl"] for row in again], rel=0.02)
+    exact = "eval/exact_reverse_kl"
+    assert far_numbers[exact] == pytest.approx(numbers[exact], rel=0.02)
+
+
+def call(recipe: Any, given: dict[str, Any]) -> None:
+    presets = {"presets": recipe.presets} if hasattr(recipe, "presets") else {}
+    with tiny_models.no_report():
+        recipe.main(parse_config(recipe.Config, [f"{key}={value}" for key, value in given.items()], **presets))
 
 
 # --- what a teacher cannot give, and what is not known of it
