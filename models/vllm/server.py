@@ -7,7 +7,6 @@ which weights drew the tokens. `/v1/completions` does the same by detours, and d
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ import httpx2
 
 from envs.types import SamplingParams
 from errors import ProtegeError, SamplerError
-from models.server_pool import may_use_proxy
+from models import http_clients
 from models.types import WeightSource
 from models.vllm.engine import Answer, Outdated, Transient, Unreachable, read_answer, sampling_params
 
@@ -48,7 +47,7 @@ class ServerEngine:
             headers=self._headers,
             limits=limits,
             verify=self.name.startswith("https:"),
-            trust_env=may_use_proxy(self.name),
+            trust_env=http_clients.may_use_proxy(self.name),
         )
 
     async def close(self) -> None:
@@ -148,14 +147,7 @@ class ServerEngine:
 
 def reason_of(answer: httpx2.Response) -> str:
     """Status and message of an answer that is no success, on one line."""
-    text = answer.text
-    try:
-        body = answer.json()
-        error = body.get("error", body) if isinstance(body, dict) else body
-        text = error.get("message", text) if isinstance(error, dict) else str(error)
-    except json.JSONDecodeError:
-        pass
-    return f"{answer.status_code} {' '.join(text.split())[:300]}"
+    return f"{answer.status_code} {http_clients.reason_of(answer)}"
 
 
 def _json_of(name: str, answer: httpx2.Response) -> dict[str, Any]:
