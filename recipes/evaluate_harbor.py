@@ -136,7 +136,7 @@ def main(config: Config) -> None:
     if config.agent == "model":
         models = setup.check_models(config.as_training(), tools=True)
         check_lengths(config, data, models)
-    prepare_engine(data)
+    prepare_engine(data, config.sandbox_runtime)
     run_dir = open_run_dir(
         log_path(config), chz.asdict(config), config.behavior_if_log_dir_exists, may_differ=MAY_DIFFER
     )

@@ -49,6 +49,9 @@ class HarborOptions:
     substitute_images: tuple[str, ...] = chz.field(
         default=(), doc="local images to take instead of others, as ubuntu:24.04=my-base, in Dockerfiles and by name"
     )
+    sandbox_runtime: str | None = chz.field(
+        default=None, doc="the engine's runtime to run sandboxes with, as runsc (gVisor) or kata-runtime"
+    )
     max_sandboxes: int = chz.field(default=64, doc="sandboxes that exist at once; further episodes wait")
 
     @chz.validate
@@ -96,6 +99,7 @@ class HarborOptions:
             command_timeout_s=self.command_timeout_s,
             max_output_bytes=self.max_output_bytes,
             network=self.network,
+            runtime=self.sandbox_runtime,
             agent_timeout_multiplier=self.agent_timeout_multiplier,
             keep_services=self.keep_services,
             max_sandboxes=self.max_sandboxes,
@@ -177,13 +181,21 @@ def engine_problem() -> str | None:
     return None
 
 
-def prepare_engine(data: HarborDataset) -> None:
+def prepare_engine(data: HarborDataset, runtime: str | None) -> None:
     """Remove what a killed run left, and make the base image that the tasks ask for.
 
-    Raises `SandboxUnavailableError`, `ImageBuildError`.
+    Raises `SandboxUnavailableError`, `ImageBuildError`, and `ConfigError` for a runtime that the engine does not have.
     """
     if (problem := engine_problem()) is not None:
         raise SandboxUnavailableError(problem)
+    if runtime is not None and "." not in runtime:  # as io.containerd.kata.v2, which an engine looks for itself
+        with connect() as client:
+            known = sorted(client.info().get("Runtimes") or {})
+        if runtime not in known:
+            raise ConfigError(
+                f"sandbox_runtime={runtime}: the engine has {', '.join(known)}. Install it and name it in the engine's "
+                "configuration (/etc/docker/daemon.json: runtimes), or take one that is there"
+            )
     if removed := reap():
         print(f"removed {len(removed)} sandboxes that earlier runs left")
     if REPOSITORY in base_images(data.tasks.values()):

@@ -106,7 +106,7 @@ def main(config: Config) -> None:
     checked = check(config)
     run = training_run(config, checked)
     if not config.dry_run:
-        prepare_engine(checked.data)
+        prepare_engine(checked.data, config.sandbox_runtime)
         train(config, run)
         return
     data, models = checked.data, checked.models

@@ -7,9 +7,11 @@ sandbox made, is written below one folder and nowhere else, whatever it says.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import stat
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -23,23 +25,39 @@ FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 def pack(source: Path, target: IO[bytes]) -> None:
     """Write `source`'s content as a tar archive, modes kept, owners dropped. Raises `DataError`."""
     with tarfile.open(fileobj=target, mode="w", format=tarfile.GNU_FORMAT) as archive:
-        for folder, inner, names in os.walk(source, onerror=reraise):
-            inner.sort()
-            for name in sorted([*inner, *names]):
-                add(archive, source, Path(folder, name))
+        for path in content_of(source):
+            add(archive, source, path)
+
+
+def check_folder(source: Path) -> None:
+    """Raises `DataError` for what `pack` would not take, without reading a file."""
+    with tarfile.open(fileobj=io.BytesIO(), mode="w") as archive:
+        for path in content_of(source):
+            entry(archive, source, path)
+
+
+def content_of(source: Path) -> Iterator[Path]:
+    for folder, inner, names in os.walk(source, onerror=reraise):
+        inner.sort()
+        yield from (Path(folder, name) for name in sorted([*inner, *names]))
 
 
 def reraise(error: OSError) -> None:
     raise DataError(f"cannot upload {error.filename}: {error.strerror}") from error
 
 
-def add(archive: tarfile.TarFile, source: Path, path: Path) -> None:
+def entry(archive: tarfile.TarFile, source: Path, path: Path) -> tarfile.TarInfo:
     name = path.relative_to(source).as_posix()
     info = archive.gettarinfo(path, name)  # None: a socket
     if info is None or not (info.isreg() or info.isdir() or info.issym() or info.islnk()):
         raise DataError(f"cannot upload {path}: expected a file, a folder or a link; take it out of {source}")
     if info.issym() and not stays_inside(name, info.linkname):
         raise DataError(f"cannot upload {path}: it links to {info.linkname}, outside of {source}")
+    return info
+
+
+def add(archive: tarfile.TarFile, source: Path, path: Path) -> None:
+    info = entry(archive, source, path)
     info.uid = info.gid = 0
     info.uname = info.gname = ""
     if info.islnk():  # its first name holds the content; as a file of its own it needs no care on the other side

@@ -35,6 +35,7 @@ class HarborSettings:
     command_timeout_s: float = 120.0
     max_output_bytes: int = 16 * 1024  # of each stream of a command, as the student reads it
     network: Literal["task", "none"] = "task"
+    runtime: str | None = None  # of every sandbox; None: the engine's own
     agent_timeout_multiplier: float = 1.0
     keep_services: bool = False  # what listens on a TCP port runs during the tests, and could forge their reward
     max_sandboxes: int = 64  # at once, in this process; further attempts wait
@@ -117,6 +118,7 @@ class Attempt:
             workdir=task.workdir,
             env=self._resolved(task.env, "environment.env"),
             capabilities=CAPABILITIES,
+            runtime=self.settings.runtime,
             lease_s=max(SandboxConfig.lease_s, 2 * steps_s * self.settings.agent_timeout_multiplier),
         )
 
@@ -237,6 +239,7 @@ class Attempt:
             workdir=place.workdir,
             env=self._resolved(place.env, "verifier.environment.env"),
             capabilities=CAPABILITIES,
+            runtime=self.settings.runtime,
             lease_s=max(SandboxConfig.lease_s, 2 * grading.timeout_s),
         )
         return await self._sandboxes.create(await image_of(place, self._sandboxes), config)

@@ -6,6 +6,7 @@ a second container, or asks for what a sandbox does not give, makes the task uns
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ COMPOSE_FILES = ("docker-compose.yaml", "docker-compose.yml", "compose.yaml", "c
 MAIN = "main"
 # Harmless for one container that is built here, ended here and given a first program of ours.
 HARMLESS = {
-    "build", "container_name", "cpus", "hostname", "image", "init", "mem_limit", "platform", "pull_policy", "restart",
-    "stdin_open", "stop_grace_period", "tty",
+    "build", "container_name", "image", "init", "pull_policy", "restart", "stdin_open", "stop_grace_period", "tty",
 }  # fmt: skip
+IGNORED = ("cpus", "hostname", "mem_limit", "platform")  # a task may do without; said by name
+REFERENCE = re.compile(r"\$(?!\{\w+(?::-[^}]*)?\})")  # any other than those that task.toml knows, too
 WAITING = ("sleep", "tail -f /dev/null", "infinity")
 
 
@@ -46,11 +48,17 @@ def environment_of(path: Path) -> dict[str, str]:
     for key, value in service.items():
         if key == "command" and not any(word in str(value) for word in WAITING):
             raise NotOneContainer(f"services.{MAIN}.command={value!r}: sandboxes run nothing of the image's own")
-        if key not in HARMLESS | {"command", "environment"}:
+        if key not in HARMLESS | {"command", "environment", *IGNORED}:
             raise NotOneContainer(f"services.{MAIN}.{key}")
         if key == "build" and not _is_plain(value):
             raise NotOneContainer(f"services.{MAIN}.build={value!r}: only the Dockerfile of the folder is built")
     return _variables(service.get("environment"))
+
+
+def ignored_keys(path: Path) -> list[str]:
+    """What a file that `environment_of` takes asks of its container, and does not get."""
+    service = yaml.safe_load(path.read_text(encoding="utf-8"))["services"][MAIN] or {}
+    return [key for key in IGNORED if key in service]
 
 
 def _is_plain(build: Any) -> bool:
@@ -63,10 +71,13 @@ def _is_plain(build: Any) -> bool:
 
 
 def _variables(given: Any) -> dict[str, str]:
-    if isinstance(given, list):
-        given = {name: value for name, _, value in (str(entry).partition("=") for entry in given)}
-    texts = {True: "true", False: "false", None: ""}
-    return {
-        str(name): texts[value] if value is None or value is True or value is False else str(value)
-        for name, value in (given or {}).items()
-    }
+    if isinstance(given, list):  # without a value it is the host's, if that lets it in
+        parts = (str(entry).partition("=") for entry in given)
+        given = {name: value if equals else None for name, equals, value in parts}
+    found = {}
+    for name, value in (given or {}).items():
+        text = f"${{{name}:-}}" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+        if REFERENCE.search(text):
+            raise NotOneContainer(f"services.{MAIN}.environment.{name}={text!r}: only ${{NAME}} and ${{NAME:-default}}")
+        found[str(name)] = text
+    return found

@@ -13,9 +13,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from envs.harbor.compose import NotOneContainer, compose_file, environment_of
+from envs.harbor.compose import NotOneContainer, compose_file, environment_of, ignored_keys
 from envs.harbor.config import Environment, StepTable, TaskToml, read_task_toml, unknown_keys
 from errors import ConfigError, DataError
+from sandbox.archives import check_folder
 from sandbox.dockerfile import for_any_engine
 
 _CANARY = re.compile(r"(<!--.*canary.*-->|#.*canary.*)", re.IGNORECASE)
@@ -118,7 +119,7 @@ def load_task(folder: Path, task_id: str | None = None) -> HarborTask:
     """Read a task folder. `task_id` defaults to the folder's name.
 
     Raises:
-        DataError: naming the file and the field that is missing or wrong.
+        DataError: naming the file and the field that is missing or wrong, or a link that leads out of its folder.
         UnsupportedTaskError: the task needs several containers at once, Windows, an allowlist, or BuildKit.
     """
     toml_path = folder / "task.toml"
@@ -133,6 +134,10 @@ def load_task(folder: Path, task_id: str | None = None) -> HarborTask:
     apart = {s.grading.apart.context for s in steps if s.grading.apart and s.grading.apart.image is None}
     for context in apart | ({folder / "environment"} if environment.docker_image is None else set()):
         _check_dockerfile(context / "Dockerfile")
+    for step in steps:
+        bundled = step.grading.apart is not None and step.grading.apart.bundled  # its tests are built, not uploaded
+        for part in (*(() if bundled else step.grading.tests), *filter(None, (step.solution, step.workdir))):
+            check_folder(part)
     return HarborTask(
         task_id=task_id or folder.resolve().name,
         folder=folder.absolute(),
@@ -207,6 +212,9 @@ def _notes(folder: Path, config: TaskToml) -> Iterator[str]:
         yield "environment.skills_dir: the student has no skills"
     if environment.healthcheck or any(step.healthcheck for step in config.steps):
         yield "healthcheck: not run"
+    for place in (folder / "environment", folder / "tests", *sorted(folder.glob("steps/*/tests"))):
+        if (compose := compose_file(place)) is not None:
+            yield from (f"{compose.name}: services.main.{key}" for key in ignored_keys(compose))
     apart = any(_is_apart(config, step) for step in config.steps or [None])
     if not apart and (config.artifacts or any(step.artifacts for step in config.steps)):
         yield "artifacts: not collected"

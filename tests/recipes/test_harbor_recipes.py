@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import AutoTokenizer
 from envs.harbor.dataset import STARTER_FOLDER
 from envs.harbor.task import load_task
 from envs.types import Episode
-from errors import SandboxError, SandboxUnavailableError
+from errors import ConfigError, SandboxError, SandboxUnavailableError
 from models.teacher_view import ViewMaker
 from recipes import evaluate_harbor, harbor_setup
 from recipes import on_policy_distillation_harbor_multi_turn as recipe
@@ -47,7 +48,7 @@ def sandboxes(monkeypatch: pytest.MonkeyPatch) -> ScriptedSandboxes:
     scripted = ScriptedSandboxes()
     for module in (recipe, evaluate_harbor):
         monkeypatch.setattr(module, "sandboxes_of", lambda path, options: scripted)
-        monkeypatch.setattr(module, "prepare_engine", lambda data: None)
+        monkeypatch.setattr(module, "prepare_engine", lambda data, runtime: None)
     return scripted
 
 
@@ -327,7 +328,28 @@ def test_the_engine_is_asked_before_anything_is_loaded(monkeypatch: pytest.Monke
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/nobody.sock")
     config = parse_config(evaluate_harbor.Config, ["agent=oracle"])
     with pytest.raises(SandboxUnavailableError):
-        harbor_setup.prepare_engine(config.tasks(eval_size=0, seed=0))
+        harbor_setup.prepare_engine(config.tasks(eval_size=0, seed=0), None)
+
+
+def test_a_runtime_that_the_engine_does_not_have_is_named(monkeypatch: pytest.MonkeyPatch):
+    class Engine(contextlib.AbstractContextManager):
+        def info(self) -> dict:
+            return {"Runtimes": {"runc": {}, "crun": {}}}
+
+        def close(self) -> None:
+            pass
+
+        def __exit__(self, *exc: object) -> None:
+            pass
+
+    monkeypatch.setattr(harbor_setup, "connect", Engine)
+    monkeypatch.setattr(harbor_setup, "reap", lambda: [])
+    monkeypatch.setattr(harbor_setup, "ensure_base_image", lambda: "")
+    data = parse_config(evaluate_harbor.Config, ["agent=oracle"]).tasks(eval_size=0, seed=0)
+    with pytest.raises(ConfigError, match="sandbox_runtime=runsc: the engine has crun, runc"):
+        harbor_setup.prepare_engine(data, "runsc")
+    harbor_setup.prepare_engine(data, "crun")
+    harbor_setup.prepare_engine(data, "io.containerd.kata.v2")  # which the engine looks for itself
 
 
 def test_what_a_student_may_have_said_is_kept_and_found_again(tmp_path: Path):

@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -16,6 +17,7 @@ from scripted import ScriptedStudent, renderer_of
 from scripted_sandbox import Call, ScriptedSandbox, ScriptedSandboxes, result
 from test_harbor_task import make_task
 
+from envs.harbor import attempt
 from envs.harbor.attempt import HarborSettings
 from envs.harbor.env import TOOL_SCHEMA, HarborEnvGroupBuilder
 from envs.harbor.sandboxes import DockerSandboxes
@@ -198,12 +200,14 @@ async def test_a_command_that_runs_out_of_time_is_told_to_the_student(task: Harb
     assert episode.metrics["command_timeouts"] == 1
 
 
-async def test_the_agents_time_ends_the_episode(tmp_path: Path):
-    def slow(sandbox: ScriptedSandbox, call: Call) -> ExecResult:
-        assert call.timeout_s == 1.0  # no more than is left, but at least a second
-        import time
+async def test_the_agents_time_ends_the_episode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    now = 0.0
+    monkeypatch.setattr(attempt, "time", SimpleNamespace(monotonic=lambda: now))
 
-        time.sleep(0.15)
+    def slow(sandbox: ScriptedSandbox, call: Call) -> ExecResult:
+        nonlocal now
+        assert call.timeout_s == 1.0  # no more than is left, but at least a second
+        now += 0.15
         return result("slow")
 
     task = load_task(make_task(tmp_path, "[agent]\ntimeout_sec = 0.2"))

@@ -170,6 +170,11 @@ def test_what_is_not_honoured_is_named(tmp_path: Path, toml: str, note: str):
         ("", {"environment/compose.yaml": "services: {main: {command: ./serve}}"}, "command='./serve'"),
         ("", {"environment/compose.yaml": "services: {main: {build: {context: ..}}}"}, "services.main.build"),
         ("", {"environment/compose.yaml": "{services: {main: {}}, volumes: {v: {}}}"}, "volumes besides services"),
+        (
+            "",
+            {"environment/compose.yaml": "services: {main: {environment: [A=$B]}}"},
+            "environment.A='$B': only ${NAME}",
+        ),
         ("artifacts = [{source = '/x', service = 'db'}]", {}, "service='db'"),
         (
             "",
@@ -195,7 +200,27 @@ def test_what_cannot_run_here_is_refused_by_name(tmp_path: Path, toml: str, file
 def test_a_compose_file_that_asks_for_one_container_only_gives_it_variables(tmp_path: Path):
     compose = "services: {main: {pull_policy: never, command: [sh, -c, sleep infinity], environment: [A=1, B=x=y]}}"
     task = load_task(make_task(tmp_path, "[environment.env]\nA = '2'", **{"environment/docker-compose.yaml": compose}))
-    assert task.env == {"A": "2", "B": "x=y"}
+    assert task.env == {"A": "2", "B": "x=y"} and task.notes == ()
+
+
+def test_what_a_compose_file_asks_of_its_container_and_does_not_get_is_named(tmp_path: Path):
+    compose = "services: {main: {hostname: box, cpus: 4, environment: {A: true, B: , C: '${D:-e}'}}}"
+    task = load_task(make_task(tmp_path, **{"environment/compose.yaml": compose}))
+    assert task.notes == ("compose.yaml: services.main.cpus", "compose.yaml: services.main.hostname")
+    assert task.env == {"A": "true", "B": "${B:-}", "C": "${D:-e}"}  # the host's, only if it is let in
+    assert resolve_variables(task.env, {"D": "f"}, "") == {"A": "true", "B": "", "C": "f"}
+
+
+@pytest.mark.parametrize("part", ["tests", "solution", "steps/one/workdir"])
+def test_a_link_that_leads_out_of_a_tasks_folder_is_named_as_it_is_read(tmp_path: Path, part: str):
+    steps = {"steps/one/instruction.md": "Do."} if part.startswith("steps") else {}
+    toml = "[[steps]]\nname = 'one'" if steps else ""
+    make_task(tmp_path, toml, **{"solution/solve.sh": "true", f"{part}/x": "", **steps})
+    (tmp_path / part / "link").symlink_to("x")
+    load_task(tmp_path)
+    (tmp_path / part / "out").symlink_to("../instruction.md")
+    with pytest.raises(DataError, match=rf"cannot upload {tmp_path}/{part}/out: it links to"):
+        load_task(tmp_path)
 
 
 SEPARATE = (
