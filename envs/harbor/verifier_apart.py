@@ -10,6 +10,7 @@ along is named beside the reward. What the artifacts hold may still be run by th
 from __future__ import annotations
 
 import fnmatch
+import os
 import re
 import shlex
 import shutil
@@ -42,13 +43,13 @@ from sandbox.types import Sandbox
 PUBLISHED = Artifact("/logs/artifacts")  # always carried over
 ARTIFACT_BYTES = 2**30
 NAMED = 5  # of what was left out
-# Kind and mode of a path: a link is what it leads to, and one that leads nowhere is no file.
+# Kind, mode and time of a path: a link is what it leads to, and one that leads nowhere is no file.
 LOOK = r"""
 look() {
   local kind=nothing mode
   if [ -d "$1" ]; then kind=folder; elif [ -f "$1" ]; then kind=file
   elif [ -e "$1" ] || [ -L "$1" ]; then kind=other; fi
-  mode=$(stat -L -c %a -- "$1" 2>/dev/null) || { [ -x "$1" ] && mode=755 || mode=644; }
+  mode=$(stat -L -c '%a %Y' -- "$1" 2>/dev/null) || { [ -x "$1" ] && mode=755 || mode=644; }
   printf '%s %s' "$kind" "$mode"
 }
 look """
@@ -63,10 +64,12 @@ for ((n = 0; n < ${{#all[@]}}; n += 500)); do rm -rf -- "${{all[@]:n:500}}" || e
 
 @dataclass(frozen=True)
 class Carried:
-    """One artifact on its way: where it belongs, its local copy (None: none is there), and what of it stays behind."""
+    """One artifact on its way: where it belongs, a local folder (None: it is not there) that is to be unpacked `into`
+    another for it, and what of it stays behind."""
 
     target: str
     local: Path | None
+    into: str = ""
     mode: int = 0
     left_out: tuple[str, ...] = ()
 
@@ -111,16 +114,21 @@ async def _fetch(agent: Sandbox, artifact: Artifact, workdir: str | None, local:
     """Where it goes is never the sandbox's word, in which the agent may have replaced every program."""
     target = str(PurePosixPath(workdir or "/", artifact.source))
     said = await agent.run_apart(LOOK + shlex.quote(target), timeout_s=HOUSEKEEPING_S, user=ROOT)
-    kind, _, bits = said.decode("ascii", "replace").partition(" ")
-    mode = int(bits, 8) & 0o777 if re.fullmatch("[0-7]{1,4}", bits) else 0o755
+    kind, _, account = said.decode("ascii", "replace").partition(" ")
+    found = re.fullmatch("([0-7]{1,4})(?: ([0-9]{1,10}))?", account)
+    mode = int(found[1], 8) & 0o777 if found else 0o755
     if kind == "folder":
         left_out = await agent.download_dir(target, local, max_bytes=ARTIFACT_BYTES, user=ROOT)
         await to_thread.run_sync(_exclude, local, artifact.exclude)
         missed = (name for name in left_out if not _is_excluded(PurePosixPath(name), artifact.exclude))
-        return Carried(target, local, mode, tuple(f"{target}/{name}" for name in missed))
+        return Carried(target, local, target, mode, tuple(f"{target}/{name}" for name in missed))
     if kind == "file":
-        local.write_bytes(await agent.read_file(target, max_bytes=ARTIFACT_BYTES, user=ROOT))
-        return Carried(target, local, mode)
+        content = await agent.read_file(target, max_bytes=ARTIFACT_BYTES, user=ROOT)
+        local.mkdir()
+        await to_thread.run_sync((copy := local / PurePosixPath(target).name).write_bytes, content)
+        if found and found[2]:
+            os.utime(copy, (int(found[2]), int(found[2])))
+        return Carried(target, local, str(PurePosixPath(target).parent), mode)
     return Carried(target, None, left_out=(target,) if kind == "other" else ())
 
 
@@ -165,11 +173,7 @@ async def _place(sandbox: Sandbox, artifact: Carried, owner: str) -> None:
     """It belongs to whom the tests run as, who may not be root: then no mode keeps them from reading it."""
     if artifact.local is None:
         return
-    if artifact.local.is_dir():
-        await sandbox.upload_dir(artifact.local, artifact.target, user=ROOT)
-    else:
-        content = await to_thread.run_sync(artifact.local.read_bytes)
-        await sandbox.write_file(artifact.target, content, user=ROOT)
+    await sandbox.upload_dir(artifact.local, artifact.into, user=ROOT)
     way = shlex.quote(artifact.target)
     give = f"chown -R -h {owner} {way} && chmod {artifact.mode:o} {way}"
     await checked(sandbox, give, "giving an artifact to the tests' user")
