@@ -69,6 +69,8 @@ class _Server:
         try:
             await self._check_alive(command)
             facts = await self._length() if replaced is None else await self._facts(*replaced)
+            if replaced is not None:
+                await self._resume()
             await self._check_tokenizer()
             await self._check_logprobs(command)
             return facts
@@ -120,6 +122,12 @@ class _Server:
             )
         takes = bool(lora_rank and lora and hot and int(lora["max_lora_rank"]) >= lora_rank)
         return ServerFacts(self._engine.name, length, takes)
+
+    async def _resume(self) -> None:
+        """A run that was killed while it handed weights over has left its server paused."""
+        answer = await self._engine.get("/is_paused")
+        if answer.status_code == 200 and answer.json().get("is_paused"):
+            await self._engine.post("/resume", None)
 
     async def _check_tokenizer(self) -> None:
         answer = await self._engine.post("/tokenize", {**self._model, "prompt": TEXT, "add_special_tokens": False})

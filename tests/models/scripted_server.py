@@ -40,7 +40,15 @@ class ScriptedServer(ScriptedTeacher):
             return 200, {}
         if route == "/inference/v1/generate":
             return self._generate(body) if self.scale_out else (403, {"error": {"message": "--enable-scale-out"}})
-        if route in ("/server_info", "/pause", "/resume", "/collective_rpc", "/update_weight_version", "/weight_info"):
+        if route in (
+            "/server_info",
+            "/is_paused",
+            "/pause",
+            "/resume",
+            "/collective_rpc",
+            "/update_weight_version",
+            "/weight_info",
+        ):
             return self._control(route, body) if self.dev_mode else (404, {"detail": "Not Found"})
         if route in ("/tokenize", "/detokenize"):
             body = {"model": self.models[0], **body}
@@ -51,6 +59,8 @@ class ScriptedServer(ScriptedTeacher):
         if route == "/server_info":
             config = {"dtype": f"torch.{self.dtype}", "max_model_len": self.max_model_len}
             return 200, {"vllm_config": {"model_config": config, "lora_config": None}, "vllm_env": {}}
+        if route == "/is_paused":
+            return 200, {"is_paused": False}
         if route == "/weight_info":
             return 200, {"weight_version": self.label}
         if route == "/update_weight_version":

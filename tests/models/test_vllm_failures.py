@@ -407,6 +407,23 @@ def served(**changes: Any) -> Any:
     return reply
 
 
+async def test_a_server_that_a_killed_run_has_left_paused_goes_on():
+    paused, answer = [True], served()
+
+    def reply(path: str, body: dict[str, Any]) -> Any:
+        if path == "/is_paused":
+            return 200, {"is_paused": paused[0]}
+        if path == "/resume":
+            paused[0] = False
+            return 200, {}
+        return None if path == "/inference/v1/generate" and paused[0] else answer(path, body)
+
+    async with scripted_server(reply) as server:
+        with anyio.fail_after(10):
+            await check_servers(Asked((server.url,)), LETTERS, dtype="float32")
+    assert paused == [False]
+
+
 async def test_a_server_that_is_fit():
     async with scripted_server(served()) as server:
         (facts,) = await check_servers(Asked((server.url,)), LETTERS, dtype="float32")

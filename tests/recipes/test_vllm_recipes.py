@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import httpx2
 import psutil
 import pytest
 import tiny_models
@@ -207,6 +208,7 @@ def test_an_evaluation_and_a_capture_on_servers(
 ):
     """One server is handed what is evaluated, which the other then samples as what it was started with."""
     first, second = (server.url for server in servers)
+    httpx2.post(first + "/pause", params={"mode": "keep"}).raise_for_status()  # as a run that was killed leaves it
     there = evaluated(tmp_path, model_name=models["teacher_model"], **{"sampler.url": first})
     assert there == evaluated(tmp_path, model_name=models["teacher_model"])
     recipe, options = capture_teacher, {
