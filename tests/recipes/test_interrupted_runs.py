@@ -84,3 +84,18 @@ def test_a_run_whose_teacher_is_frozen_saves_its_last_step_and_goes_on_later(
         again = tiny_models.start(tiny_models.argv(tmp_path / "run", models, **given), tmp_path / "of-again")
         assert tiny_models.finish(again) == 0, (tmp_path / "of-again").read_text()
         assert [row["step"] for row in training_rows(tmp_path / "run")] == list(range(1, before + 2))
+
+
+def test_ctrl_c_ends_an_evaluation_that_no_loop_watches_over(tmp_path: Path, models: dict[str, str]):
+    given = {
+        **models,
+        "dataset": "arithmetic",
+        "eval_size": 200,
+        "max_tokens": 12,
+        "device": "cpu",
+    }  # some packs of 512
+    argv = [f"{key}={value}" for key, value in given.items()]
+    interrupt = (f"pack in evaluation:{int(signal.SIGINT)}", 0)
+    process = tiny_models.start(argv, tmp_path / "output", interrupt=interrupt, recipe="evaluate")
+    assert tiny_models.finish(process) == 130
+    assert packs(tmp_path / "output") == ["pack 1 of many"], (tmp_path / "output").read_text()
