@@ -65,7 +65,12 @@ def test_an_evaluation_is_of_the_model_that_was_named_whatever_the_server_had(
 ):
     """Greedy answers are the same wherever they are sampled; the server began with other weights."""
     trained = tiny_models.run(
-        tmp_path / "run", {"model_name": student, "teacher_model": teacher}, lora_rank=2, max_steps=8, learning_rate=0.1
+        tmp_path / "run",
+        {"model_name": student, "teacher_model": teacher},
+        lora_rank=2,
+        max_steps=6,
+        eval_size=0,
+        learning_rate=0.1,
     )
     (tmp_path / "out").mkdir()
     adapter = {"model_name": student, "load_checkpoint_path": tiny_models.final(trained), "samples": 0}
@@ -83,8 +88,8 @@ def test_the_kl_to_a_teacher_is_of_what_the_server_sampled(
     tmp_path: Path, server: ScriptedServer, student: str, teacher: str
 ):
     models = {"model_name": student, "teacher_model": teacher}
-    found = evaluated(tmp_path, **models, eval_size=16, **{"sampler.url": server.url})
-    here = evaluated(tmp_path, **models, eval_size=16)
+    found = evaluated(tmp_path, **models, eval_size=12, **{"sampler.url": server.url})
+    here = evaluated(tmp_path, **models, eval_size=12)
     assert found["eval/exact_reverse_kl"] == pytest.approx(here["eval/exact_reverse_kl"], rel=0.3)
     assert found["eval/exact_reverse_kl"] != here["eval/exact_reverse_kl"], "its draws are its own"
 
@@ -120,8 +125,9 @@ def test_a_token_opens_a_server_and_is_written_nowhere(
     monkeypatch.setenv("SERVERS_TOKEN", "s3cret")
     with serving(student, token="s3cret") as server:
         options = {"sampler.url": server.url, "sampler.token_env": "SERVERS_TOKEN"}
-        evaluated(tmp_path, model_name=student, samples=0, **options)
-        path = run(tmp_path / "run", {"model_name": student, "teacher_model": student}, **options)
+        evaluated(tmp_path, model_name=student, samples=0, **{**options, "eval_size": 2})
+        models = {"model_name": student, "teacher_model": student}
+        path = run(tmp_path / "run", models, max_steps=1, eval_size=0, groups_per_batch=1, **options)
     assert {headers.get("Authorization") for _, headers, _ in server.requests} == {"Bearer s3cret"}
     written = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert path / "config.json" in written and not [file for file in written if b"s3cret" in file.read_bytes()]

@@ -21,7 +21,7 @@ from models.vllm.sampler import VLLMSampler
 from recipes import samplers
 from training.learner import Learner
 
-OPTIONS: dict[str, Any] = {"objective": "jsd", "max_steps": 100_000, "eval_size": 0}
+OPTIONS: dict[str, Any] = {"objective": "jsd", "max_steps": 100_000, "eval_size": 0, "groups_per_batch": 1}
 
 
 class EngineOfThisGroup(CopyEngine):
