@@ -112,8 +112,8 @@ def _check_ids(name: str, student: Renderer, teacher: Renderer) -> PairReport:
 
 
 WAYS_OUT = (
-    "Choose a teacher of the student's model family, or compare what text says and not ids: "
-    "objective=reverse_kl teacher_alignment=bytes"
+    "Choose a teacher of the student's model family. (On-policy training can also compare what text says, and not ids: "
+    "objective=reverse_kl teacher_alignment=bytes)"
 )
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from errors import ModelError, ProtegeError, TeacherError
+from errors import ModelError, ProtegeError
 from models.causal_lm import CausalLM
 from models.device_thread import compute
 from models.teacher_service.head import AtTemperature, LinearHead, take_head
@@ -51,14 +51,15 @@ class OnDemandScorer:
         self._head: AtTemperature | None = None
 
     async def score(self, views: Sequence[TeacherView], need: SignalSpec) -> list[Signal]:
-        """One signal per view, in order. Raises `TeacherError`, and `ModelError` for a head that cannot stay alone."""
+        """One signal per view, in order. Raises `TeacherError`, and where the model cannot be loaded again, or its head
+        cannot stay alone, `ModelError`: that ends the run and drops no episode."""
         return await compute(self._score, views, need)
 
     def _score(self, views: Sequence[TeacherView], need: SignalSpec) -> list[Signal]:
         try:
             lm = self._lend()
         except (ProtegeError, RuntimeError, OSError) as error:
-            raise TeacherError(f"teacher {self.name} could not be loaded: {error}") from error
+            raise ModelError(f"teacher {self.name} could not be loaded again: {error}") from error
         scorer = TransformersScorer(self.name, lm, temperature=self.temperature, token_budget=self._budget)
         if need is not SignalKind.FULL:
             return scorer.score_now(views, need)

@@ -39,7 +39,7 @@ class ViewMaker:
         own = np.flatnonzero(episode.sampled)
         privileged = episode.teacher_messages is not None or episode.teacher_hints
         if self.student.fingerprint == self.teacher.fingerprint and not privileged:
-            return TeacherView(episode.token_ids.astype(np.int64), own, own)
+            return TeacherView(episode.token_ids.astype(np.int64), own, own, row_id=episode.row_id)
         messages = episode.teacher_messages or episode.prompt_messages
         ids = list(self.teacher.prompt(messages, episode.tools))
         readings: list[tuple[int, Reading]] = []
@@ -56,8 +56,8 @@ class ViewMaker:
         positions, spans = joined(readings)
         whole = np.array(ids, dtype=np.int64)
         if self.alignment is None:
-            return TeacherView(whole, positions, own, self.swap)
-        return TeacherView(whole, positions, own, spans=spans)
+            return TeacherView(whole, positions, own, self.swap, row_id=episode.row_id)
+        return TeacherView(whole, positions, own, spans=spans, row_id=episode.row_id)
 
     def _read(self, sampled: np.ndarray) -> Reading:
         if self.alignment is not None:

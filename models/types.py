@@ -67,6 +67,7 @@ class TeacherView:
     student_positions: np.ndarray  # int64 [n]
     swap: tuple[int, int] | None = None
     spans: Spans | None = None
+    row_id: str = ""  # of the episode
 
     def __post_init__(self) -> None:
         if self.spans is not None:

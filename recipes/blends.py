@@ -66,6 +66,9 @@ def check_blends(teachers: Sequence[Listed]) -> None:
             raise ConfigError(f"the blend_weights of route {teacher.route!r} are all 0: nobody is left to ask")
     if teachers and not asked(teachers):
         raise ConfigError("every teacher's blend_weight is 0: nobody is left to ask")
+    for name, weights in blends(teachers).items():
+        if not all(0 < weight <= 1 for weight in weights.values()):
+            raise ConfigError(f"the blend_weights of {name!r} are too far apart to be told from 0 and 1")
 
 
 def asked(teachers: Sequence[Listed]) -> list[int]:

@@ -32,7 +32,6 @@ from envs.sources import load_dataset_rows, locate
 from envs.types import Episode
 from errors import ConfigError, DataError
 from models.device_thread import compute
-from models.loading import load_config
 from models.types import Sampler, Scorer, TeacherTopK
 from models.vllm.preflight import Asked
 from recipes import samplers, setup
@@ -43,6 +42,7 @@ from recipes.served import ServerOptions
 from recipes.teacher_answers import check_who_answered, sampled_answers
 from recipes.teachers import refuse_ema
 from training.capture import CaptureHeader, CaptureWriter, captured
+from training.capture_files import check_suffix
 from training.capture_files import writer as capture_writer
 from training.saved_episodes import read_saved_episodes
 
@@ -124,6 +124,7 @@ class Config:
             raise ConfigError(
                 "completions=saved captures the episodes of episodes_path: leave dataset and dataset_path out"
             )
+        check_suffix(self.output_path)
         if not Path(self.output_path).absolute().parent.is_dir():
             raise ConfigError(f"output_path={self.output_path}: its folder does not exist")
         refuse_ema(self.teacher_model)
@@ -204,10 +205,11 @@ def check(config: Config) -> Checked:
     """Every check that needs no weights. Raises `UserError`s."""
     training = config.as_training()
     if config.episodes_path is not None:
-        saved = {episode.row_id: episode for episode in read_saved_episodes(config.episodes_path)[: config.max_rows]}
+        found = read_saved_episodes(config.episodes_path)
+        saved = {episode.row_id: episode for episode in found.episodes[: config.max_rows]}
         rows = [Row(name, tuple(episode.prompt_messages)) for name, episode in saved.items()]
-        name, models = next(iter(saved.values())).dataset, setup.check_models(training)
-        _check_saved(saved, models)
+        name, models = found.episodes[0].dataset, setup.check_models(training, tools=found.several_turns)
+        found.check_spelling(config.episodes_path, models.student_renderer.tokenizer, config.model_name or "")
     else:
         data = _rows(config)
         name, rows, saved, models = data.name, data.train, {}, setup.check_models(training)
@@ -238,20 +240,6 @@ def _rows(config: Config) -> Dataset:
     return data
 
 
-def _check_saved(saved: Mapping[str, Episode], models: setup.CheckedModels) -> None:
-    ids = max(int(episode.token_ids.max()) for episode in saved.values())
-    if ids >= (size := load_config(models.student).get_text_config().vocab_size):
-        raise DataError(f"episodes_path: holds id {ids}, the student has {size}. Give the model_name that wrote them")
-    if models.student_renderer.fingerprint == models.only_teacher.renderer.fingerprint:
-        return
-    for name, episode in saved.items():
-        if len(episode.turns) > 1:
-            raise DataError(
-                f"{name}: has several turns, whose messages are not saved, so that a teacher of another chat format "
-                "cannot read it. Use a teacher of the student's format, or a live run"
-            )
-
-
 def _header(
     config: Config,
     training: TrainConfig,
@@ -264,7 +252,9 @@ def _header(
     made_from: list[Any] = [fingerprint(rows), teacher.renderer.fingerprint, config.completions]
     if config.completions == "teacher":
         made_from += [config.seed, _max_tokens(config)]
-    made_from += [hashlib.sha256(e.token_ids.tobytes() + e.sampled.tobytes()).hexdigest() for e in saved.values()]
+    for e in saved.values():
+        made_from += [hashlib.sha256(e.token_ids.tobytes() + e.sampled.tobytes()).hexdigest(), e.turns, e.tools]
+        made_from += [e.teacher_messages, e.teacher_hints]
     return CaptureHeader(
         teacher=training.teacher_name,
         weights=teacher.weights,
@@ -272,6 +262,7 @@ def _header(
         format=student.fingerprint,
         top_k=config.top_k,
         temperature=training.comparison_temperature(),
+        dtype="as served" if teacher.served is not None else str(models.compute_dtype).removeprefix("torch."),
         dataset=dataset,
         examples=len(rows),
         made_from=hashlib.sha256(repr(made_from).encode()).hexdigest(),
@@ -284,13 +275,15 @@ def _check_lengths(config: Config, checked: Checked) -> None:
         return
     student, teacher = checked.models.student_renderer, checked.models.only_teacher.renderer
     for row in checked.rows:
-        prompts = [student.prompt(row.messages), teacher.prompt(row.teacher_messages or row.messages)]
-        answer = _max_tokens(config)
         if row.row_id in checked.saved:
-            answer = len(checked.saved[row.row_id]) - len(prompts[0])
-        elif config.completions == "given":
-            answer = len(answer_ids(student, row.completion or ""))
-        if (length := max(map(len, prompts)) + answer) > limit:
+            episode = checked.saved[row.row_id]
+            length = max(len(episode), len(checked.models.only_teacher.views.view(episode).token_ids))
+        else:
+            prompts = [student.prompt(row.messages), teacher.prompt(row.teacher_messages or row.messages)]
+            given = config.completions == "given"
+            answer = len(answer_ids(student, row.completion or "")) if given else _max_tokens(config)
+            length = max(map(len, prompts)) + answer
+        if length > limit:
             raise DataError(
                 f"{row.row_id}: {length} tokens with its answer; {checked.models.context_limit}. "
                 "Shorten it or leave it out"

@@ -12,13 +12,13 @@ from envs.datasets import Dataset
 from envs.given import answered
 from errors import ConfigError
 from models.checks import common_temperature
-from models.types import SignalSpec
+from models.types import SignalKind, SignalSpec
 from recipes.served import ServerOptions
 from recipes.student_config import StudentConfig, check_at_least, check_positive, json_object
 from recipes.teachers import DEFAULT_EMA_DECAY, EMA, TeacherSpec, ema_decay_of
 from training.distribution_losses import JSD, ClassicKD, Support, Tail, TopKForwardKL
 from training.loop import LoopConfig
-from training.objectives import Objective, ReverseKL
+from training.objectives import SFT, Objective, ReverseKL
 
 DEFAULT_TOP_K = 64
 
@@ -41,11 +41,11 @@ class OnPolicyConfig(StudentConfig):
     """Everything but the data and the teachers."""
 
     # objective
-    objective: Literal["reverse_kl", "jsd", "topk_forward_kl", "kd"] = chz.field(
+    objective: Literal["reverse_kl", "jsd", "topk_forward_kl", "kd", "sft"] = chz.field(
         default="reverse_kl",
         doc="reverse_kl: policy gradient on sampled tokens; jsd: divergence of whole distributions, or of their "
         "support; topk_forward_kl: cross-entropy against the teacher's top_k tokens; kd: cross-entropy with given "
-        "answers (lmbda=0) and forward KL",
+        "answers (lmbda=0) and forward KL; sft: the cross-entropy alone, the teacher only measures",
     )
     beta: float = chz.field(default=1.0, doc="jsd: 0 is forward KL, 1 is reverse KL, between them Jensen-Shannon")
     support: Support = chz.field(
@@ -120,8 +120,11 @@ class OnPolicyConfig(StudentConfig):
     def _check_lmbda(self) -> None:
         if not 0 <= self.lmbda <= 1:
             raise ConfigError(f"lmbda={self.lmbda}: expected a probability, from 0 to 1")
-        if self.objective == "kd" and self.lmbda != 0:
-            raise ConfigError("objective=kd learns from given answers, not from what the student samples: set lmbda=0")
+        if self.objective in OF_GIVEN_ANSWERS and self.lmbda != 0:
+            raise ConfigError(
+                f"objective={self.objective} learns from given answers, not from what the student samples: set lmbda=0"
+                + (", or use recipes.off_policy_reasoning, which needs no teacher" if self.objective == "sft" else "")
+            )
         if self.lmbda < 1 and self.objective == "reverse_kl":
             raise ConfigError(
                 f"lmbda={self.lmbda}: objective=reverse_kl is a policy gradient on what the student samples: it has "
@@ -142,6 +145,8 @@ class OnPolicyConfig(StudentConfig):
         check_objective_options(self)
         if self.objective == "topk_forward_kl":
             return TopKForwardKL(DEFAULT_TOP_K if self.top_k is None else self.top_k, self.loss_temperature)
+        if self.objective == "sft":
+            return SFT()
         if self.objective in ("jsd", "kd"):
             top_k = self.top_k
             if top_k is None and self.support in ("teacher_topk", "student_topk"):
@@ -162,7 +167,8 @@ class OnPolicyConfig(StudentConfig):
         )
 
     def signal_need(self) -> SignalSpec:
-        return self.make_objective().need
+        need = self.make_objective().need
+        return SignalKind.SAMPLED if need is SignalKind.NONE else need  # evaluations measure the KL
 
     def comparison_temperature(self) -> float:
         return common_temperature(self.temperature, {})
@@ -249,6 +255,7 @@ def check_server(server: ServerOptions, checkpoint: str | None, option: str) -> 
 _AT_LEAST = {
     "eval_samples": 0, "num_substeps": 1, "max_dropped_fraction": 0,
 }  # fmt: skip
+OF_GIVEN_ANSWERS = ("kd", "sft")
 _OF_OBJECTIVE = {
     "loss_fn": ("reverse_kl",), "loss_fn_config": ("reverse_kl",), "kl_penalty_coef": ("reverse_kl",),
     "kl_discount_factor": ("reverse_kl",), "beta": ("jsd",), "support": ("jsd", "kd"), "tail": ("jsd", "kd"),

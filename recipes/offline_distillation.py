@@ -22,6 +22,7 @@ from envs.datasets import Cursor, Row
 from envs.given import GivenGroupBuilder
 from envs.rendering import tokenizer_fingerprint
 from errors import ConfigError, DataError, TokenizerMismatchError
+from models.loading import load_config
 from models.teacher_view import ViewMaker
 from recipes import setup
 from recipes.cli import run_cli
@@ -134,6 +135,10 @@ def check(config: Config) -> Checked:
     objective = config.make_objective(captured=capture.header.top_k)
     models = setup.check_models(config)
     _check_tokenizer(config, capture.header, models)
+    size = load_config(models.student).get_text_config().vocab_size
+    largest = max(int(example.input_ids.max()) for example in capture.examples)
+    if largest >= size:
+        raise DataError(f"{config.capture_path}: holds id {largest}, and the student has {size} ids. Capture anew")
     longest = max(capture.examples, key=lambda example: len(example.input_ids))
     if models.context_length is not None and len(longest.input_ids) > models.context_length:
         raise DataError(

@@ -9,7 +9,6 @@ the run trained. (The reverse, sampling alone, is `rollouts_only=True` of any on
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -23,7 +22,7 @@ from envs.types import Episode
 from errors import ConfigError, DataError
 from recipes import setup
 from recipes.cli import run_cli
-from recipes.config import TrainConfig
+from recipes.config import OF_GIVEN_ANSWERS, TrainConfig
 from recipes.training_run import TrainingRun, print_dry_run, train
 from training.loop import DatasetPlan
 from training.saved_episodes import read_saved_episodes
@@ -76,47 +75,27 @@ def main(config: Config) -> None:
 def check(config: Config) -> Checked:
     """Every check that needs no weights. Raises `UserError`s."""
     check_trackers([*config.trackers, *(["wandb"] if config.wandb_project else [])])
-    found = [replace(episode, teacher=config.teacher_name) for episode in read_saved_episodes(config.saved)]
-    if not found:
-        raise DataError(f"{config.saved}: has no episodes")
+    saved = read_saved_episodes(config.saved)
+    found = [replace(episode, teacher=config.teacher_name) for episode in saved.episodes]
     given = [isinstance(episode, GivenEpisode) for episode in found]
     if config.objective == "reverse_kl" and any(given):
         raise DataError(
             f"{config.saved}: has given answers, on which objective=reverse_kl has no meaning. "
             "Use objective=jsd or objective=topk_forward_kl"
         )
-    if config.objective == "kd" and not all(given):
+    if config.objective in OF_GIVEN_ANSWERS and not all(given):
         raise DataError(
-            f"{config.saved}: has episodes that a student sampled, and objective=kd learns from given answers. "
+            f"{config.saved}: has episodes that a student sampled, and objective={config.objective} learns from given "
+            "answers. "
             "Use objective=jsd, or replay a run with lmbda=0"
         )
-    models = setup.check_models(config)
-    _check_ids(config, models)
-    if not models.only_teacher.report.same_format and any(len(episode.turns) > 1 for episode in found):
-        raise DataError(
-            f"{config.saved}: has episodes of several turns, whose messages are not saved, and {config.teacher_name} "
-            "reads another chat format than the student: it cannot be shown them"
-        )
+    models = setup.check_models(config, tools=saved.several_turns)
+    saved.check_spelling(config.saved, models.student_renderer.tokenizer, config.model_name)
     longest = max(len(episode) for episode in found)
     if models.context_length is not None and longest > models.context_length:
         raise DataError(f"{config.saved}: an episode has {longest} tokens; {models.context_limit}")
     steps = {name: list(episodes) for name, episodes in groupby(found, key=lambda e: e.row_id.rpartition(":")[0])}
     return Checked(steps, models)
-
-
-def _check_ids(config: Config, models: setup.CheckedModels) -> None:
-    """The ids must spell for this student what they spelt for the one that wrote them. Raises `DataError`."""
-    path = Path(config.saved)
-    file = min(path.glob("episodes/step_*.jsonl")) if path.is_dir() else path
-    tokenizer = models.student_renderer.tokenizer
-    with open(file, "rb") as lines:
-        row = json.loads(next(lines))
-    for token, text in zip(row["token_ids"], row["tokens"], strict=True):
-        if tokenizer.decode([token]) != text:
-            raise DataError(
-                f"{file}: id {token} was {text!r} to the student that wrote it, and is "
-                f"{tokenizer.decode([token])!r} to {config.model_name}: replay with a student of that tokenizer"
-            )
 
 
 def training_run(config: Config, checked: Checked) -> TrainingRun:

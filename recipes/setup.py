@@ -316,6 +316,7 @@ def assemble(
         token_budget=config.token_budget(models.device),
         reduction=config.loss_reduction,
         average=average,
+        known_ids=_known_ids(models),
     )
     sampler = samplers.make_sampler(
         config, student, models.student_renderer.tokenizer, servers=models.servers, folder=folder
@@ -333,6 +334,13 @@ def assemble(
         teachers |= {teacher.name: Teacher(scorer, teacher.views, waits=lender is not None) for teacher in same}
     exact = all(teacher.exact for teacher in models.teachers.values())
     return Engines(learner, sampler, teachers, dict(teacher_lms), lenders, exact)
+
+
+def _known_ids(models: CheckedModels) -> int | None:
+    """How many ids the student's tokenizer has, where a teacher may speak of more: its own, or whose words a capture
+    has. Embeddings are often wider than that."""
+    more = not models.teachers or any(teacher.report.teacher_only_ids for teacher in models.teachers.values())
+    return 1 + max(models.student_renderer.tokenizer.get_vocab().values()) if more else None
 
 
 def local_scorer(config: StudentConfig, models: CheckedModels, name: str, lm: CausalLM) -> Scorer:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 
 from envs.given import GivenEpisode
 from envs.types import Episode, StopReason, Turn
@@ -25,6 +27,8 @@ from errors import ConfigError, DataError, TeacherError
 from models.types import Signal, SignalKind, SignalSpec, TeacherTopK, TeacherView
 
 VERSION = 1
+_ROUNDING = 1e-3  # of probabilities that sum to 1
+_LARGEST_ID = np.iinfo(np.int32).max
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,13 @@ class CaptureHeader:
     format: str  # fingerprint of the chat format that the ids are written in
     top_k: int
     temperature: float
+    dtype: str  # that the teacher computed in
     dataset: str
     examples: int  # lines that a complete file has after this one
     made_from: str  # fingerprint of the rows and of what turned them into ids
+
+
+_HEADER = TypeAdapter(CaptureHeader)
 
 
 @dataclass(frozen=True)
@@ -132,7 +140,7 @@ def capture_writer(path: Path, header: CaptureHeader) -> Iterator[CaptureWriter]
             if number == 1:
                 refuse_other(path, parse_header(path, line), header)
             else:
-                done.append(_parsed(path, number, line)["id"])
+                done.append(_example(path, number, line, header).row_id)
             whole += len(line)
         file.truncate(whole)  # what a kill cut off
         if not whole:
@@ -231,8 +239,13 @@ def parse_header(path: str | Path, line: bytes) -> CaptureHeader:
         value = json.loads(line)
         if value.pop("protege_capture") != VERSION:
             raise DataError(f"{path}: a capture of another version of Protege. Capture anew")
-        return CaptureHeader(**value)
-    except (ValueError, KeyError, TypeError, AttributeError):
+        header = _HEADER.validate_json(json.dumps(value), strict=True)
+        if value.keys() != asdict(header).keys() or not (
+            0 < header.temperature < math.inf and header.top_k > 0 and header.examples > 0
+        ):
+            raise ValueError("out of range")
+        return header
+    except (ValueError, KeyError, TypeError, AttributeError):  # pydantic's errors are ValueErrors
         raise DataError(
             f"{path}: its first line is not the header of a capture. Expected a file that recipes.capture_teacher wrote"
         ) from None
@@ -255,23 +268,41 @@ def _example(path: str | Path, number: int, line: bytes, header: CaptureHeader) 
         positions = [i for start, end in spans for i in range(start, end)]
         example = Example(
             row_id=row["id"],
-            input_ids=np.array(row["input_ids"], dtype=np.int32),
+            input_ids=_ids(row["input_ids"]),
             spans=spans,
             logprobs=np.array([row["logprobs"][i] for i in positions], dtype=np.float32),
-            topk_ids=np.array([row["topk_ids"][i] for i in positions], dtype=np.int32),
+            topk_ids=_ids([row["topk_ids"][i] for i in positions]),
             topk_logprobs=np.array([row["topk_logprobs"][i] for i in positions], dtype=np.float32),
         )
+        if {len(row[name]) for name in ("logprobs", "topk_ids", "topk_logprobs")} != {len(example.input_ids)}:
+            raise ValueError("its streams are not as long as its ids")
         check_example(example, header)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
         raise DataError(f"{path}:{number}: a broken example ({error}). Capture anew") from error
     return example
 
 
+def _ids(values: list) -> np.ndarray:
+    ids = np.array(values)
+    if ids.dtype.kind != "i" or ids.min() < 0 or ids.max() > _LARGEST_ID:
+        raise ValueError("ids are whole numbers from 0")
+    return ids.astype(np.int32)
+
+
 def check_example(example: Example, header: CaptureHeader) -> None:
     """Raises `ValueError` for what could not be trained on."""
+    edges = [edge for span in example.spans for edge in span]
+    if not edges or edges[0] < 1 or edges != sorted(set(edges)) or edges[-1] > len(example.input_ids):
+        raise ValueError("what trains is not spans of its tokens, in order")
     trained, k = sum(end - start for start, end in example.spans), example.topk_ids.shape[-1]
     if example.topk_ids.shape != (trained, k) or not 1 <= k <= header.top_k:  # fewer: a smaller vocabulary
         raise ValueError(f"expected up to {header.top_k} ids at every trained position")
+    ids = np.sort(example.topk_ids, axis=-1)
+    if example.input_ids.min() < 0 or ids.min() < 0 or (ids[:, 1:] == ids[:, :-1]).any():
+        raise ValueError("an id is negative, or twice among the likeliest")
+    mass = np.exp(example.topk_logprobs.astype(np.float64)).sum(-1)
+    if not (example.logprobs <= _ROUNDING).all() or not (mass <= 1 + _ROUNDING).all():
+        raise ValueError("probabilities are above 1")
     example.signal()
     example.episode("", "")
 
@@ -286,7 +317,8 @@ class CapturedScorer:
         self.name = capture.header.teacher
         self.temperature = capture.header.temperature
         self._top_k = capture.header.top_k
-        self._examples = {example.input_ids.tobytes(): example for example in capture.examples}
+        # The ids alone do not name an example: another may have the same, and another teacher's prompt.
+        self._examples = {(e.row_id, e.input_ids.tobytes()): e for e in capture.examples}
 
     async def score(self, views: Sequence[TeacherView], need: SignalSpec) -> list[Signal]:
         """Raises `TeacherError` for a sequence, or a signal, that was not captured."""
@@ -295,7 +327,7 @@ class CapturedScorer:
         return [self._signal(view) for view in views]
 
     def _signal(self, view: TeacherView) -> Signal:
-        example = self._examples.get(view.token_ids.astype(np.int32).tobytes())
+        example = self._examples.get((view.row_id, view.token_ids.astype(np.int32).tobytes()))
         if example is None or view.swap is not None:
             raise TeacherError(f"the capture of {self.name} does not hold this sequence")
         return example.signal()

@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from errors import DataError
+from errors import ConfigError, DataError
 from training.atomic import TEMP, fsync, remove
 from training.capture import (
     VERSION,
@@ -29,6 +29,13 @@ from training.capture import (
 )
 
 BINARY = ".safetensors"
+LINES = ".jsonl"
+
+
+def check_suffix(path: str | Path) -> None:
+    """Raises `ConfigError` for a name that stands for no form."""
+    if Path(path).suffix not in (LINES, BINARY):
+        raise ConfigError(f"output_path={path}: expected a name that ends in {LINES} or {BINARY}")
 
 
 def read_header(path: str | Path) -> CaptureHeader:
@@ -54,13 +61,18 @@ def writer(path: Path, header: CaptureHeader) -> Iterator[CaptureWriter]:
         return
     if path.exists():
         refuse_other(path, read_header(path), header)
+        remove(_partial(path))  # of a capture that was killed when all was done
         yield CaptureWriter(None, frozenset(example.row_id for example in read_capture(path).examples))
         return
-    partial = path.with_name(f"{path.name}.partial.jsonl")
+    partial = _partial(path)
     with capture_writer(partial, header) as lines:
         yield lines
     _write_binary(read_jsonl(partial), path)
     remove(partial)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial{LINES}")
 
 
 def _write_binary(capture: Capture, path: Path) -> None:
@@ -111,5 +123,5 @@ def _opened(path: str | Path) -> Iterator[safe_open]:
     try:
         with safe_open(path, framework="numpy") as file:
             yield file
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path}: not a whole capture ({error}). Capture anew") from error

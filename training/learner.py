@@ -65,8 +65,10 @@ class Learner:
         reduction: str = "token_mean",
         head_elements: int | None = None,
         average: WeightAverage | None = None,
+        known_ids: int | None = None,
     ) -> None:
         self.lm = lm
+        self.known_ids = known_ids  # ids from this one on are a teacher's alone, whatever the width of the embedding
         self.average = average  # of the weights, if it is a teacher
         self.config = optimizer or OptimizerConfig()
         self.temperature = temperature
@@ -181,7 +183,8 @@ class Learner:
         pieces: dict[str, list[Tensor]] = {}
         for span in self._chunks(batch, objective.need):
             logits = self._logits(cut[span])
-            tokens = self._token_batch(batch, span, objective.need, logits.shape[1], logits.device)
+            size = logits.shape[1] if self.known_ids is None else min(logits.shape[1], self.known_ids)
+            tokens = self._token_batch(batch, span, objective.need, size, logits.device)
             if ahead is not None:
                 tokens = replace(tokens, advantages=ahead.values[span], spans=None if spans is None else spans[span])
             if tokens.teacher_logits is not None:

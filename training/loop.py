@@ -13,7 +13,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -379,6 +379,8 @@ def add_episode(sums: SumMetrics, item: TrainingItem, measured: ItemMetrics) -> 
 
 def add_origin(sums: SumMetrics, item: TrainingItem, measured: ItemMetrics) -> None:
     """The KL on what the student sampled and on given answers, apart: only on its own samples is it one."""
+    if "kl" not in measured.values:  # of an objective without a teacher
+        return
     episode = item.episode
     name = "given/kl" if isinstance(episode, GivenEpisode) else "on_policy/kl"
     total = float(measured.values["kl"].sum())
@@ -412,6 +414,10 @@ def episode_row(item: TrainingItem, measured: ItemMetrics, renderer: Renderer, t
         "reward": episode.reward,
         "weight_version": episode.weight_version,
         "messages": list(episode.prompt_messages),
+        "tools": list(episode.tools),
+        "teacher_messages": None if episode.teacher_messages is None else list(episode.teacher_messages),
+        "teacher_hints": [asdict(hint) for hint in episode.teacher_hints],
+        "turns": [asdict(turn) for turn in episode.turns],
         "completion": renderer.decode(episode.token_ids[episode.sampled].tolist()),
         "token_ids": ids,
         "tokens": [texts[token] for token in ids],

@@ -148,8 +148,9 @@ class ReverseKL:
             raise ConfigError(f"clip thresholds {low}, {high}: expected 0 <= low <= high")
         if self.variant not in CLIP_DEFAULTS and (self.clip_low, self.clip_high) != (None, None):
             raise ConfigError(f"loss_fn={self.variant} does not clip: leave the clip thresholds out")
-        if self.is_cap <= 0 or (self.advantage_clip is not None and self.advantage_clip <= 0):
-            raise ConfigError("is_cap and advantage_clip must be positive")
+        for name, value in (("is_cap", self.is_cap), ("advantage_clip", self.advantage_clip)):
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name}={value}: expected a positive number")
 
     @property
     def clip(self) -> tuple[float, float]:

@@ -1,55 +1,105 @@
-"""Attempts that a run has saved under `episodes/`, read back: what was sampled, token by token."""
+"""Attempts that a run has saved under `episodes/`, read back: what was sampled, token by token, and what was said."""
 
 from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from envs.given import GivenEpisode
-from envs.types import Episode, StopReason, Turn
+from envs.types import Episode, StopReason, TeacherHint, Turn
 from errors import DataError
 
 
-def read_saved_episodes(path: str | Path) -> list[Episode]:
+@dataclass(frozen=True)
+class SavedEpisodes:
+    episodes: tuple[Episode, ...]
+    spelling: dict[int, str]  # what each id was to the student that wrote it
+
+    @property
+    def several_turns(self) -> bool:
+        """Whether a teacher has to read more than prompts and answers."""
+        return any(episode.tools or len(episode.turns) > 1 for episode in self.episodes)
+
+    def check_spelling(self, path: str | Path, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+        """The ids must spell for model `name` what they spelt for the one that wrote them. Raises `DataError`."""
+        for token, text in self.spelling.items():
+            try:
+                mine = tokenizer.decode([token])
+            except (IndexError, KeyError, OverflowError, TypeError, ValueError):  # it has no such id
+                mine = ""
+            if mine != text:
+                raise DataError(
+                    f"{path}: id {token} was {text!r} to the student that wrote it, and is {mine!r} to {name}: give a "
+                    "student of that tokenizer"
+                )
+
+
+def read_saved_episodes(path: str | Path) -> SavedEpisodes:
     """Those of a run's folder, step by step, or of one file. Their `row_id` is file and line, as rows come back.
 
-    What the environment's messages were is not saved, nor are privileged prompts: of several turns there are
-    the ids alone. Raises `DataError`, naming the line."""
+    Raises `DataError`, naming the line."""
     given = Path(path)
     files = sorted((given / "episodes").glob("step_*.jsonl")) if given.is_dir() else [given]
     if not files or not files[0].is_file():
         raise DataError(f"{path}: no episodes there; expected a run's folder, or one of its episodes/step_*.jsonl")
-    episodes = []
+    episodes: list[Episode] = []
+    spelling: dict[int, str] = {}
     for file in files:
         with open(file, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 try:
-                    episodes.append(_episode(json.loads(line), f"{file.stem}:{number}"))
-                except (ValueError, KeyError, TypeError) as error:
+                    row = json.loads(line)
+                    episodes.append(_episode(row, f"{file.stem}:{number}"))
+                    _spell(row, spelling)
+                except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
                     raise DataError(f"{file}:{number}: not a saved episode ({error!r})") from None
-    return episodes
+    if not episodes:
+        raise DataError(f"{path}: has no episodes")
+    return SavedEpisodes(tuple(episodes), spelling)
+
+
+def _spell(row: dict[str, Any], spelling: dict[int, str]) -> None:
+    for token, text in zip(row["token_ids"], row["tokens"], strict=True):
+        if spelling.setdefault(token, text) != text:
+            raise ValueError(f"id {token} is {text!r} here and {spelling[token]!r} before")
 
 
 def _episode(row: dict[str, Any], row_id: str) -> Episode:
-    sampled = np.array(row["sampled"], dtype=bool)
     logprobs = [math.nan if value is None else value for value in row["sampler_logprobs"]]
-    edges = np.flatnonzero(np.diff(sampled, prepend=False, append=False)).tolist()
     kind = Episode if np.isfinite(logprobs).any() else GivenEpisode  # of given answers there were none to save
+    ids = np.array(row["token_ids"])
+    if ids.dtype.kind != "i" or ids.min() < 0:
+        raise ValueError("token_ids are not ids")
+    privileged = row["teacher_messages"]
     return kind(
-        dataset=row["dataset"],
+        dataset=_is(str, row["dataset"]),
         row_id=row_id,
-        teacher=row["teacher"],
+        teacher=_is(str, row["teacher"]),
         prompt_messages=tuple(row["messages"]),
-        teacher_messages=None,
-        token_ids=np.array(row["token_ids"], dtype=np.int32),
-        sampled=sampled,
+        teacher_messages=None if privileged is None else tuple(privileged),
+        token_ids=ids.astype(np.int32),
+        sampled=np.array(row["sampled"], dtype=bool),
         sampler_logprobs=np.array(logprobs, dtype=np.float32),
-        turns=tuple(Turn(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True)),
+        turns=tuple(_turn(**turn) for turn in row["turns"]),
         stop_reason=StopReason(row["stop_reason"]),
-        reward=row["reward"],
-        weight_version=row["weight_version"],
+        reward=float(row["reward"]),
+        weight_version=int(row["weight_version"]),
+        tools=tuple(row["tools"]),
+        teacher_hints=tuple(TeacherHint(tuple(h["messages"]), h["after_turn"]) for h in row["teacher_hints"]),
     )
+
+
+def _turn(start: int, end: int, observation: list, tool_calls: list, weight_version: int) -> Turn:
+    return Turn(start, end, tuple(observation), tuple(tool_calls), weight_version)
+
+
+def _is(kind: type, value: Any) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"{value!r} is not {kind.__name__}")
+    return value

@@ -112,3 +112,21 @@ def test_what_cannot_be_is_named_before_anything_is_loaded(
     err = capfd.readouterr().err
     assert exit.value.code == 2 and all(part in err for part in parts), err
     assert not (tmp_path / "run").exists()
+
+
+def test_the_given_answers_alone_while_the_teacher_only_measures(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, models: Models
+):
+    rows: dict[str, Any] = {"dataset": "arithmetic", "max_rows": 12, "max_tokens": 24, "eval_size": 4}
+    with mock.patch.object(TransformersSampler, "sample", side_effect=AssertionError("woken")):
+        path = tiny_models.run(
+            tmp_path / "sft", models, objective="sft", lmbda=0.0, max_steps=6, **{**rows, "eval_size": 0}
+        )
+    first, *_, last = training_rows(path)
+    assert last["nll"] < first["nll"] and first["loss"] == pytest.approx(first["nll"]) and "kl" not in first
+    measured = tiny_models.run(tmp_path / "measured", models, objective="sft", lmbda=0.0, max_steps=1, **rows)
+    assert all(row["eval/exact_reverse_kl"] > 0 for row in tiny_models.evaluation_rows(measured))
+    with pytest.raises(SystemExit):
+        argv = tiny_models.argv(tmp_path / "no", models, objective="sft")
+        run_cli(on_policy_distillation.main, on_policy_distillation.Config, argv=argv)
+    assert "objective=sft learns from given answers" in capfd.readouterr().err

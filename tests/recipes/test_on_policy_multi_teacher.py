@@ -420,6 +420,16 @@ MISTAKES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "all weights 0": (
         {"teachers__0__model": "a", "teachers__0__blend_weight": 0}, ("blend_weight is 0: nobody is left to ask",)
     ),
+    "weights that overflow": (
+        {"teachers__0__model": "a", "teachers__0__blend_weight": 1e308, "teachers__1__model": "b",
+         "teachers__1__blend_weight": 1e308},
+        ("the blend_weights of 'blend' are too far apart",),
+    ),
+    "a weight that vanishes": (
+        {"teachers__0__model": "a", "teachers__0__blend_weight": 1e-320, "teachers__1__model": "b",
+         "teachers__1__blend_weight": 1e10},
+        ("the blend_weights of 'blend' are too far apart",),
+    ),
     "the name of the blend": (
         {"teachers__0__model": "a", "teachers__0__blend_weight": 1, "teachers__0__route_value": "blend"},
         ("teachers.0.route_value=blend",),

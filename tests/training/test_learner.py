@@ -558,10 +558,24 @@ def test_every_token_is_compared_with_its_own_teacher(vocabularies):
         assert torch.equal(asked.sum(1).sort().values, owned.sum(1).sort().values)
 
 
+def test_a_student_s_embedding_that_is_wider_than_its_tokenizer_gives_a_teacher_no_more_tokens():
+    student, teacher = make_model(0, vocab=53), make_teacher(1, vocab=53)
+    generator = np.random.default_rng(1)
+    items = [full_item(random_episode(generator, 47, turns=1), teacher, teacher.lm_head) for _ in range(3)]
+
+    def plain(logits, item):
+        return references.jsd(logits[:, :47], teacher_logits_of(teacher, item.episode)[:, :47], 0.5)
+
+    ours, _ = learner_gradients(student, items, JSD(beta=0.5), known_ids=47)
+    assert_same(ours, plain_gradients(student, items, plain))
+
+
+@pytest.mark.parametrize("width", [47, 53])
 @pytest.mark.parametrize("objective", [JSD(beta=0.5, support="teacher_topk", top_k=4), TopKForwardKL(4)], ids=str)
-def test_tokens_that_only_the_teacher_has_are_left_out_of_its_top_k(objective):
-    """A teacher of 53 tokens, a student of 47. The mass of the other six is in the bucket, or renormalised away."""
-    student, teacher = make_model(0, vocab=47), make_teacher(1, vocab=53)
+def test_tokens_that_only_the_teacher_has_are_left_out_of_its_top_k(objective, width):
+    """A teacher of 53 tokens, a student of 47, whose embedding may have room for more. The mass of the other six is in
+    the bucket, or renormalised away."""
+    student, teacher = make_model(0, vocab=width), make_teacher(1, vocab=53)
     generator = np.random.default_rng(1)
     episodes = [random_episode(generator, 47, turns=1 + k % 2) for k in range(4)]
     items, supports = [], {}
@@ -580,7 +594,7 @@ def test_tokens_that_only_the_teacher_has_are_left_out_of_its_top_k(objective):
             return references.jsd_on(logits, judge, ids, objective.beta, "bucket")
         return references.topk_forward_kl(logits, judge, ids)
 
-    ours, _ = learner_gradients(student, items, objective, head_elements=3 * 47)
+    ours, _ = learner_gradients(student, items, objective, head_elements=3 * 47, known_ids=47)
     assert_same(ours, plain_gradients(student, items, plain))
 
 

@@ -453,6 +453,8 @@ def test_discount_one_over_many_tokens_stays_exact_in_float32():
         ({"variant": "ppo", "clip_low": 1.3}, "1.3"),
         ({"variant": "cispo", "clip_low": -0.1}, "-0.1"),
         ({"is_cap": 0.0}, "is_cap"),
+        ({"is_cap": math.nan}, "is_cap"),
+        ({"advantage_clip": math.nan}, "advantage_clip"),
         ({"advantage_clip": 0.0}, "advantage_clip"),
     ],
 )
