@@ -23,7 +23,7 @@ import chz
 import numpy as np
 import torch
 
-from models.teacher_service.head import from_raw, raw
+from models.heads import from_raw, raw
 from models.teacher_service.messages import (
     AnswerFields,
     HiddenDtype,

@@ -12,7 +12,7 @@ import torch
 from errors import ModelError, ProtegeError
 from models.causal_lm import CausalLM
 from models.device_thread import compute
-from models.teacher_service.head import AtTemperature, LinearHead, take_head
+from models.heads import AtTemperature, LinearHead, take_head
 from models.transformers_scorer import TransformersScorer
 from models.types import Signal, SignalKind, SignalSpec, TeacherView
 

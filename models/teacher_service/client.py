@@ -14,10 +14,10 @@ from httpx2 import AsyncClient
 
 from errors import ConfigError, TeacherError
 from models.device_thread import compute
-from models.teacher_service import head as heads
+from models.heads import AtTemperature, LinearHead, from_raw
+from models.teacher_service import head_cache
 from models.teacher_service.connection import Answer, Connection, sentence
 from models.teacher_service.fit import find_model
-from models.teacher_service.head import AtTemperature, LinearHead, from_raw
 from models.teacher_service.messages import (
     SERVICE,
     HeadFields,
@@ -198,12 +198,12 @@ class RemoteScorer:
         async with self._head_lock:
             if self._head is None:
                 fields, _ = await self._head_piece(client, 0, 0)
-                head = await anyio.to_thread.run_sync(heads.load_cached, fields.digest)
+                head = await anyio.to_thread.run_sync(head_cache.load_cached, fields.digest)
                 if head is None:
                     head = await self._download(client, fields)
                     if await anyio.to_thread.run_sync(head.digest) != fields.digest:
                         raise TeacherError(f"teacher {self.name}: its head did not arrive as it was sent")
-                    await anyio.to_thread.run_sync(heads.keep, head, fields.digest)
+                    await anyio.to_thread.run_sync(head_cache.keep, head, fields.digest)
                 moved = await compute(head.to, self._device)
                 self._head, self._head_digest = AtTemperature(moved, self.temperature), fields.digest
 

@@ -16,7 +16,7 @@ import torch
 from errors import ModelError, ProtegeError, TeacherError
 from models.causal_lm import CausalLM
 from models.device_thread import compute
-from models.teacher_service.head import LinearHead, raw, take_head
+from models.heads import LinearHead, raw, take_head
 from models.teacher_service.messages import ModelInfo, RequestFields
 from models.teacher_service.wire import Refused
 from models.transformers_scorer import TransformersScorer

@@ -27,8 +27,8 @@ import torch
 
 from errors import ConfigError, ProtegeError
 from models.device_thread import compute
+from models.heads import raw
 from models.teacher_service.gate import Gate, read_body, send_body, send_refusal, unless_disconnected
-from models.teacher_service.head import raw
 from models.teacher_service.hosting import ServedModel, head_of
 from models.teacher_service.messages import (
     AnswerFields,

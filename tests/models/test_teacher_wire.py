@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from models.heads import from_raw, raw
 from models.teacher_service import wire
-from models.teacher_service.head import from_raw, raw
 from models.teacher_service.messages import (
     AnswerFields,
     HeadFields,
