@@ -122,13 +122,14 @@ async def test_a_sandbox_is_made_as_the_task_says(tmp_path: Path):
     task = load_task(make_task(tmp_path, toml))
     for network, expected in (("task", "bridge"), ("none", "none")):
         sandboxes = ScriptedSandboxes()
-        settings = HarborSettings(network=network, command_timeout_s=9.0, pass_env={"KEY": "k", "OTHER": "o"})
+        passed = {"KEY": "k", "OTHER": "o"}
+        settings = HarborSettings(network=network, runtime="runsc", command_timeout_s=9.0, pass_env=passed)
         group = builder(task, sandboxes, settings=settings)
         await run(group, ScriptedStudent(RENDERER, bash("true"), "Done."))
         (sandbox,) = sandboxes.made
         config = sandbox.config
         assert (config.network, config.cpus, config.memory_mb, config.workdir) == (expected, 3.0, 1024, "/w")
-        assert config.env == {"KEY": "k", "N": "5"} and config.lease_s > 50000
+        assert config.env == {"KEY": "k", "N": "5"} and config.lease_s > 50000 and config.runtime == "runsc"
         assert [(c.user, c.timeout_s) for c in sandbox.calls] == [("agent", 9.0)]
         assert "OTHER" not in repr(settings)
 
