@@ -277,7 +277,7 @@ async def test_the_event_loop_goes_on_while_answers_are_put_together(need: Any, 
     for name in ("cut", "join", "encode_request", "decode_answer", "decode_head"):
         monkeypatch.setattr(client, name, held_up(name, getattr(client, name)))
     for name in ("keep", "load_cached"):
-        monkeypatch.setattr(client.heads, name, held_up(name, getattr(client.heads, name)))
+        monkeypatch.setattr(client.head_cache, name, held_up(name, getattr(client.head_cache, name)))
     monkeypatch.setattr(client, "Signal", held_up("Signal", client.Signal))
 
     async def beat() -> None:
