@@ -31,7 +31,10 @@ def memory_lines(config: StudentConfig, models: CheckedModels) -> list[str]:
         limit = models.teachers_at_a_time or len(on_demand)
         total += sum(sorted(on_demand)[-limit:])
         lines.append(f"of these {len(on_demand)} models of teachers, {limit} in memory at a time")
-    lines += samplers.memory_lines(config, models.device, models.compute_dtype)
+    copy = estimate_memory(load_config(models.student), dtype=models.compute_dtype, trained=False)["total"]
+    size, more = samplers.engine_memory(config, models.device, models.compute_dtype, copy)
+    lines += more
+    total += size
     remote = [teacher for teacher in models.teachers.values() if teacher.served is not None]
     lines += [f"teacher {teacher.name}: {teacher.served.line}" for teacher in remote if teacher.served is not None]
     lines.append(f"in all: {_gib(total)}, and activations of {config.token_budget(models.device)} tokens at a time")

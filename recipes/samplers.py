@@ -181,19 +181,25 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def memory_lines(config: StudentConfig, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """What the engine will hold."""
+def engine_memory(
+    config: StudentConfig, device: torch.device, dtype: torch.dtype, weights: float
+) -> tuple[float, list[str]]:
+    """What the engine will hold beside the models that are loaded here, in bytes and in words. `weights`: the student's
+    size in `dtype`. Where vLLM takes a share of a device that is not at hand, the bytes are 0."""
     options = config.sampler
     if not isinstance(options, VLLMConfig):
-        return []
+        return 0, []
     if options.url is not None:
-        return [f"vLLM: {len(options.urls())} server(s), with memory of their own"]
+        return 0, [f"vLLM: {len(options.urls())} server(s), with memory of their own"]
     engine = engine_options(config, options, device, dtype, lora_rank=config.lora_rank)
     if device.type == "cpu":
-        return [f"vLLM: a copy of the student in {engine.dtype}, and {engine.kv_cache_gib:g} GiB for keys and values"]
-    total = torch.cuda.get_device_properties(device).total_memory / 2**30 if torch.cuda.is_available() else None
+        cache = engine.kv_cache_gib or CPU_KV_CACHE_GIB
+        line = f"vLLM: a copy of the student in {engine.dtype}, {weights / 2**30:.2f} GiB, and {cache:g} GiB for keys"
+        return weights + cache * 2**30, [f"{line} and values"]
+    total = torch.cuda.get_device_properties(device).total_memory if torch.cuda.is_available() else 0
+    size = engine.gpu_memory_utilization * total
     share = f"{engine.gpu_memory_utilization:.0%} of the device" + (
-        f", {engine.gpu_memory_utilization * total:.1f} of {total:.1f} GiB" if total else ""
+        f", {size / 2**30:.1f} of {total / 2**30:.1f} GiB" if total else ""
     )
     rest = "given back while the student trains" if engine.sleeps else "held while the student trains"
-    return [f"vLLM: {share}, {rest}"]
+    return (0 if engine.sleeps else size), [f"vLLM: {share}, {rest}"]
