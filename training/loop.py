@@ -13,7 +13,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -39,6 +39,7 @@ from training.packing import TrainingItem
 from training.progress import Progress
 from training.report import write_report
 from training.run_dir import RunDir
+from training.saved_episodes import episode_row
 from training.signals import second_signal_quits
 from training.trackers import Trackers
 
@@ -392,36 +393,3 @@ _METRIC_NAMES = {
     "ratio_truncated": "ratio/truncated_fraction",
     "sampler_gap": "sampler_gap/mean",
 }
-
-
-def episode_row(item: TrainingItem, measured: ItemMetrics, renderer: Renderer, texts: dict[int, str]) -> dict:
-    """One line of `episodes/`: every token with its mask, the student's and the teacher's logprob.
-
-    `texts` remembers how single ids decode, from row to row."""
-    episode = item.episode
-    teacher: list[float | None] = [None] * len(episode)
-    if "teacher_logprob" in measured.values:
-        for position, value in zip(episode.sampled.nonzero()[0], measured.values["teacher_logprob"], strict=True):
-            teacher[position] = float(value)
-    ids = episode.token_ids.tolist()
-    for token in set(ids) - texts.keys():
-        texts[token] = renderer.tokenizer.decode([token])
-    return {
-        "dataset": episode.dataset,
-        "row_id": episode.row_id,
-        "teacher": episode.teacher,
-        "stop_reason": episode.stop_reason.value,
-        "reward": episode.reward,
-        "weight_version": episode.weight_version,
-        "messages": list(episode.prompt_messages),
-        "tools": list(episode.tools),
-        "teacher_messages": None if episode.teacher_messages is None else list(episode.teacher_messages),
-        "teacher_hints": [asdict(hint) for hint in episode.teacher_hints],
-        "turns": [asdict(turn) for turn in episode.turns],
-        "completion": renderer.decode(episode.token_ids[episode.sampled].tolist()),
-        "token_ids": ids,
-        "tokens": [texts[token] for token in ids],
-        "sampled": episode.sampled.tolist(),
-        "sampler_logprobs": episode.sampler_logprobs.tolist(),
-        "teacher_logprobs": teacher,
-    }

@@ -1,10 +1,11 @@
-"""Attempts that a run has saved under `episodes/`, read back: what was sampled, token by token, and what was said."""
+"""Attempts as a run saves them under `episodes/`, and as they are read back: what was sampled, token by token, what
+was said, and what a teacher was shown."""
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,44 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from envs.given import GivenEpisode
+from envs.rendering import Renderer
 from envs.types import Episode, StopReason, TeacherHint, Turn
 from errors import DataError
+from training.learner import ItemMetrics
+from training.packing import TrainingItem
+
+
+def episode_row(item: TrainingItem, measured: ItemMetrics, renderer: Renderer, texts: dict[int, str]) -> dict:
+    """One line of `episodes/`: every token with its mask, the student's and the teacher's logprob.
+
+    `texts` remembers how single ids decode, from row to row."""
+    episode = item.episode
+    teacher: list[float | None] = [None] * len(episode)
+    if "teacher_logprob" in measured.values:
+        for position, value in zip(episode.sampled.nonzero()[0], measured.values["teacher_logprob"], strict=True):
+            teacher[position] = float(value)
+    ids = episode.token_ids.tolist()
+    for token in set(ids) - texts.keys():
+        texts[token] = renderer.tokenizer.decode([token])
+    return {
+        "dataset": episode.dataset,
+        "row_id": episode.row_id,
+        "teacher": episode.teacher,
+        "stop_reason": episode.stop_reason.value,
+        "reward": episode.reward,
+        "weight_version": episode.weight_version,
+        "messages": list(episode.prompt_messages),
+        "tools": list(episode.tools),
+        "teacher_messages": None if episode.teacher_messages is None else list(episode.teacher_messages),
+        "teacher_hints": [asdict(hint) for hint in episode.teacher_hints],
+        "turns": [asdict(turn) for turn in episode.turns],
+        "completion": renderer.decode(episode.token_ids[episode.sampled].tolist()),
+        "token_ids": ids,
+        "tokens": [texts[token] for token in ids],
+        "sampled": episode.sampled.tolist(),
+        "sampler_logprobs": episode.sampler_logprobs.tolist(),
+        "teacher_logprobs": teacher,
+    }
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,9 @@ from errors import DataError
 from models.teacher_view import ViewMaker
 from recipes.embedded import char_tokenizer
 from training.learner import ItemMetrics
-from training.loop import episode_row
 from training.packing import TrainingItem
 from training.run_dir import RunDir, open_run_dir
-from training.saved_episodes import read_saved_episodes
+from training.saved_episodes import episode_row, read_saved_episodes
 
 TOOL = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}
 
