@@ -22,6 +22,22 @@ pytestmark = [pytest.mark.anyio, pytest.mark.docker, pytest.mark.slow]
 # Debian's: one in C that shares no code with runc, and gVisor, whose containers have a kernel of their own.
 OPTIONS = {"crun": (), "runsc": ("--network=none",)}  # gVisor would set up a network from this engine's, which has none
 
+STAT = "this version's kernel refuses the call that coreutils 9's stat makes"
+KILLED = "the kernel ends all of gVisor for want of memory or threads: the sandbox is lost, which drops the episode"
+KNOWN = {  # of gVisor 20221219, Debian 12's
+    "test_modes_owners_and_replacement": STAT,
+    "test_a_folder_goes_and_comes_back": STAT,
+    "test_a_fork_bomb_is_ended_and_the_sandbox_goes_on": KILLED,
+    "test_memory_that_is_not_there_is_told": KILLED,
+    "test_input_is_the_bytes_given_or_empty": "bash reads its input byte by byte, a million of them for more than 20 s",
+}
+
+
+@pytest.fixture(autouse=True)
+def known(request: pytest.FixtureRequest, runtime: str) -> None:
+    if runtime == "runsc" and (reason := KNOWN.get(request.node.originalname)) is not None:
+        request.applymarker(pytest.mark.xfail(reason=reason))
+
 
 @pytest.fixture(scope="module", params=OPTIONS)
 def runtime(request: pytest.FixtureRequest) -> str:
