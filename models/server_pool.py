@@ -111,6 +111,7 @@ class ServerPool:
                 if server.failures:
                     server.retry_at = math.inf  # one request finds out whether it is back; the others wait
                     await self._look_at(client, server)
+                    server.answered()  # this request may take long, and the others need not wait for its end
                 with anyio.fail_after(self.access.timeout_s):
                     response = await client.request("GET" if body is None else "POST", server.url + path, json=body)
             except _Silent as error:
@@ -154,7 +155,8 @@ class ServerPool:
             if ready := [server for server in self._servers if server.retry_at <= now]:
                 return min(ready, key=lambda server: server.load)
             silent_s = min(now - server.silent_since for server in self._servers)
-            if silent_s >= self.access.patience_s:
+            looked_at = any(server.retry_at == math.inf for server in self._servers)  # known within LOOK_S
+            if silent_s >= self.access.patience_s and not looked_at:
                 reasons = "; ".join(server.reason for server in self._servers)
                 raise Unanswered(f"no answer for {silent_s:.0f} s ({reasons})")
             next_try = min(server.retry_at for server in self._servers) - now

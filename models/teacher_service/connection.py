@@ -91,7 +91,9 @@ class Connection:
                 problem = f"{type(error).__name__}: {error}"[:200].rstrip(": ")
                 now = time.monotonic()
                 self._unreachable_since = self._unreachable_since or now
-                if now + pause_s > min(ends, self._unreachable_since + self._wait_s):
+                waited = now + pause_s > self._unreachable_since + self._wait_s
+                # why: a long request that breaks off is no sign that nothing answered all the while
+                if now + pause_s > ends or (waited and not await self._answers_again(client)):
                     raise TeacherError(
                         f"{self.url} cannot be reached, and was waited for {now - self._unreachable_since:.0f} s "
                         f"({problem}). Start the service again, and the same command goes on from the last checkpoint"
@@ -118,7 +120,7 @@ class Connection:
         except (TimeoutError, TeacherError, httpx2.TransportError):
             self._look_at = time.monotonic() + LOOK_AGAIN_S
             return False
-        self._was_silent = False
+        self._was_silent, self._unreachable_since = False, None
         return True
 
     async def _once(

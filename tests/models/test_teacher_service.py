@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -522,6 +522,40 @@ def impostor(status: int, body: bytes, *headers: tuple[str, str]) -> Iterator[st
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}"
         server.shutdown()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("alive", [True, False])
+async def test_long_requests_that_break_off_are_tried_again_by_a_service_that_is_alive(alive: bool):
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(self.path)
+            if asked.count("/score") > 2:
+                self.answer()
+            elif asked.count("/score") == 2:
+                time.sleep(0.7)  # longer than a service is waited for; then, as the first time, no answer
+
+        def do_GET(self) -> None:
+            if alive:
+                self.answer()
+
+        def answer(self) -> None:
+            self.send_response(200)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        far = connection.Connection(f"http://127.0.0.1:{server.server_address[1]}", None, wait_s=0.5, deadline_s=20)
+        with nullcontext() if alive else pytest.raises(TeacherError, match="cannot be reached"):
+            async with far.open() as client:
+                assert (await far.ask(client, "POST", "/score", max_bytes=10, content=b"x")).status == 200
+        server.shutdown()
+    assert asked.count("/score") == (3 if alive else 2)
 
 
 MARK = ("protege-teacher", "1")

@@ -285,8 +285,30 @@ def test_a_server_that_comes_back_is_used_again():
         score(teacher, view(3, 4))
     with scripted(port=server.port) as again:
         time.sleep(0.6)  # the first pause
-        score(teacher, view(3, 4))
-        assert len(again.completions) == 1
+        score(teacher, *[view(3, 4) for _ in range(8)])  # all but the first wait until that one has looked
+        assert len(again.completions) == 8
+
+
+@pytest.mark.anyio
+async def test_requests_wait_for_a_look_at_a_server_that_failed_once_and_not_for_a_whole_answer(
+    server: ScriptedTeacher,
+):
+    server.faults.append(503)
+    teacher = scorer(server, patience_s=0.8)
+    signals = []
+
+    async def ask() -> None:
+        signals.extend(await teacher.score([view(3, 4)], SAMPLED))
+
+    with anyio.fail_after(20):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(ask)
+            while not server.completions:
+                await anyio.sleep(0.01)
+            server.delay_s = 1.5  # longer than the patience
+            for _ in range(4):
+                tasks.start_soon(ask)
+    assert len(signals) == 5 and server.most_at_once >= 4
 
 
 def test_requests_in_flight_are_bounded():
