@@ -97,6 +97,7 @@ class Handover:
                 await member.engine.start(folder)
 
     async def _give(self, member: Member, folder: Path, label: str, adapter: str | None, source: WeightSource) -> None:
+        member.unproven = True  # also after an error: the label is set before the proof, and tells nothing of it
         try:
             with anyio.fail_after(UPDATE_S):
                 await member.engine.wake()
@@ -108,8 +109,13 @@ class Handover:
                     await member.engine.reload(folder / "model", label)
             with anyio.fail_after(PROOF_S):
                 await self._prove(member.engine, label, adapter, source)
+            member.unproven = False
         except (Transient, TimeoutError) as error:  # gone meanwhile: it gets them when it is back, at the next update
-            member.take_out(str(error) or f"{member.engine.name} froze while it took new weights")
+            why = str(error) or f"{member.engine.name} froze"
+            member.take_out(f"{why}, while it took new weights")
+        except BaseException:
+            member.take_out(f"{member.engine.name} took new weights that were not proven")
+            raise
 
     async def _prove(self, engine: Engine, label: str, adapter: str | None, source: WeightSource) -> None:
         """Raises `ProtegeError` unless what the engine samples is as likely under the learner's weights as it says."""

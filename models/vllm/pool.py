@@ -22,6 +22,7 @@ class Member:
     engine: Engine
     load: int = 0  # requests in flight
     down: str | None = None  # why it gets no requests
+    unproven: bool = False  # it was given weights, and nobody knows what it has: no requests until some are proven
     misses: int = 0  # looks in a row that found it silent
     scopes: set[anyio.CancelScope] = field(default_factory=set)  # of its requests
 
@@ -86,7 +87,7 @@ class Pool:
         self._changed = anyio.Event()
 
     def _free(self, preferred: Member | None) -> Member | None:
-        free = [member for member in self.alive if member.load < self.slots]
+        free = [member for member in self.alive if member.load < self.slots and not member.unproven]
         if preferred in free:
             return preferred
         return min(free, key=lambda member: member.load, default=None)
@@ -102,14 +103,19 @@ class Pool:
 
     # --- who lives
 
-    async def look(self, label: str | None, adapter: str | None, *, timeout_s: float) -> None:
-        """At every engine that is down or has requests. `label` and `adapter`: of the weights that count."""
+    async def look(
+        self, label: str | None, adapter: str | None, *, timeout_s: float, before_update: bool = False
+    ) -> None:
+        """At every engine that is down or has requests. `label` and `adapter`: of the weights that count.
+        `before_update`: engines whose weights were not proven are looked for as well, to be given new ones."""
         async with anyio.create_task_group() as tasks:
             for member in self.members:
                 if member.down is not None or member.load:
-                    tasks.start_soon(self._look_at, member, label, adapter, timeout_s)
+                    tasks.start_soon(self._look_at, member, label, adapter, timeout_s, before_update)
 
-    async def _look_at(self, member: Member, label: str | None, adapter: str | None, timeout_s: float) -> None:
+    async def _look_at(
+        self, member: Member, label: str | None, adapter: str | None, timeout_s: float, before_update: bool
+    ) -> None:
         try:
             with anyio.fail_after(timeout_s):
                 await member.engine.check_alive()
@@ -124,7 +130,7 @@ class Pool:
                 member.take_out(why)
         else:
             member.misses = 0
-            if member.down is not None:
+            if member.down is not None and (before_update or not member.unproven):
                 member.down = None
                 self.notify()
 

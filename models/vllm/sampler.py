@@ -176,7 +176,7 @@ class VLLMSampler:
     async def _look(self, *, revive: bool = False) -> None:
         """`revive`: engines with other weights count as well, for they are about to get new ones."""
         label, adapter = (None, None) if revive else (self._label, self._adapter)
-        await self._pool.look(label, adapter, timeout_s=self.waits.look_s)
+        await self._pool.look(label, adapter, timeout_s=self.waits.look_s, before_update=revive)
 
     async def _look_after_engines(self) -> None:
         while True:

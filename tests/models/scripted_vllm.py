@@ -119,7 +119,7 @@ class ScriptedEngine:
 
     async def load_adapter(self, folder: Path, name: str) -> None:
         self.calls.append("load")
-        self.adapters[name] = float((folder / "value").read_text())
+        self.adapters[name] = self.value if self.deaf else float((folder / "value").read_text())
 
     async def drop_adapter(self, name: str) -> None:
         del self.adapters[name]

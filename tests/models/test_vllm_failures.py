@@ -197,6 +197,61 @@ async def test_an_engine_that_was_started_again_waits_for_the_next_weights(tmp_p
         assert (await s.sample([1, 2], params(1))).weight_version == 2
 
 
+@pytest.mark.parametrize("adapters", [False, True])
+async def test_an_engine_whose_weights_were_not_proven_waits_for_others(tmp_path: Path, adapters: bool):
+    """It is deaf, and its label, or its adapter's name, says that it is not."""
+    deaf = ScriptedEngine("a", takes_adapters=adapters, deaf=True, failures=[Transient("hiccup")])
+    other, weights = ScriptedEngine("b", takes_adapters=adapters), Weights(-2.0, has_adapter=adapters)
+    async with sampler(tmp_path, deaf, other, slots=1) as s:
+        await s.update_weights(weights, 1)
+        for i in range(5):
+            assert (await s.sample([1, i], params(1))).logprobs == [-2.0]
+            await anyio.sleep(0.03)  # it is looked at meanwhile
+        assert len(deaf.asked) == 1, "the proof alone"
+        assert s._pool.members[0].down == "hiccup, while it took new weights"
+        deaf.deaf = False
+        await s.update_weights(weights, 2)
+        other.down = True
+        assert (await s.sample([1, 2], params(1))).weight_version == 2
+        assert len(deaf.asked) == 3
+
+
+async def test_no_request_reaches_an_engine_between_its_return_and_its_proof(tmp_path: Path):
+    class Slow(ScriptedEngine):
+        async def wake(self) -> None:
+            await anyio.sleep(0.1)
+
+    engine = Slow("a", failures=[Transient("hiccup")])
+    async with sampler(tmp_path, engine) as s:
+        with pytest.raises(SamplerUnavailableError, match="hiccup, while it took new weights"):
+            await s.update_weights(Weights(-2.0), 1)
+        with anyio.fail_after(5), pytest.raises(SamplerUnavailableError, match="hiccup"):
+            await s.sample([1, 2], params(1))  # for `patience_s`, though it answers every look
+
+        async def ask() -> None:
+            assert (await s.sample([1, 2], params(1))).weight_version == 2
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(s.update_weights, Weights(-3.0), 2)
+            await anyio.sleep(0.05)  # it is back, and wakes
+            assert s._pool.alive
+            tasks.start_soon(ask)
+
+
+async def test_an_update_that_was_broken_off_leaves_no_engine_in_use(tmp_path: Path):
+    class Slow(ScriptedEngine):
+        async def wake(self) -> None:
+            await anyio.sleep(0.2)
+
+    async with sampler(tmp_path, Slow("a")) as s:
+        with anyio.move_on_after(0.1):
+            await s.update_weights(Weights(), 1)
+        with anyio.fail_after(5), pytest.raises(SamplerUnavailableError, match="not proven"):
+            await s.sample([1, 2], params(1))
+        await s.update_weights(Weights(), 2)
+        assert (await s.sample([1, 2], params(1))).weight_version == 2
+
+
 async def test_a_turn_that_takes_too_long_is_given_up(tmp_path: Path):
     waits = Waits(request_s=0.1, patience_s=0.3, look_every_s=30, look_s=0.2)
     async with sampler(tmp_path, ScriptedEngine(delay_s=60), waits=waits) as s:
