@@ -24,6 +24,7 @@ from models.types import WeightSource
 from models.vllm.engine import Answer, Outdated, Transient, Unreachable, checked_answer, sampling_params
 from models.vllm.orphans import Brood
 from models.vllm.transfer import Sender
+from models.vllm.worker import EXTENSION
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for
 DEFAULTS = {
@@ -63,6 +64,7 @@ class EngineOptions:
             "enable_prefix_caching": True,
             "enable_sleep_mode": self.sleeps,
             "disable_log_stats": True,
+            "worker_extension_cls": EXTENSION,
         }
         if self.kv_cache_gib is not None:
             given["kv_cache_memory_bytes"] = int(self.kv_cache_gib * 2**30)
@@ -169,6 +171,7 @@ class InProcessEngine:
     async def reload(self, folder: Path, label: str) -> None:
         async with self._paused():
             await self._call("collective_rpc", "reload_weights", kwargs={"weights_path": str(folder.absolute())})
+            await self._call("collective_rpc", "repack_heads")
             await self._call("update_weight_version", label)
 
     async def transfer(self, source: WeightSource, label: str) -> None:
@@ -184,6 +187,7 @@ class InProcessEngine:
                     f"{self.name}: the weights could not be handed over by {self.options.transfer} "
                     f"({type(error).__name__}: {error}). The run can be resumed, also with sampler.handover=folder"
                 ) from error
+            await self._call("collective_rpc", "repack_heads")
             await self._call("update_weight_version", label)
 
     @asynccontextmanager
