@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from errors import ConfigError
 from models.causal_lm import CausalLM
-from models.sources import context_length
+from models.loading import load_config
+from models.sources import ModelSource, context_length
 from models.transformers_sampler import TransformersSampler
 from models.types import Sampler
 from models.vllm.handover import Model
@@ -38,15 +39,16 @@ def asked_servers(options: SamplerConfig, model: str | None = None) -> Asked | N
 
 
 def check_student_servers(
-    config: StudentConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
+    config: StudentConfig, student: ModelSource, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> tuple[ServerFacts, ...]:
     """Raises `ConfigError` for a server that the student's weights cannot be handed to."""
     if (asked := asked_servers(config.sampler)) is None:
         return ()
     dtype = dtype_name(config.compute_dtype(device))
+    tied = bool(getattr(load_config(student).get_text_config(), "tie_word_embeddings", False))
 
     async def check() -> list[ServerFacts]:
-        return await check_servers(asked, tokenizer, dtype=dtype, lora_rank=config.lora_rank)
+        return await check_servers(asked, tokenizer, dtype=dtype, lora_rank=config.lora_rank, tied=tied)
 
     return tuple(anyio.run(check))
 
@@ -93,7 +95,7 @@ def make_sampler(
         return _in_process(config, options, student, tokenizer, folder, lora_rank=config.lora_rank)
     token = options.token()
     return VLLMSampler(
-        [ServerEngine(server.url, takes_adapters=server.takes_adapters, token=token) for server in servers],
+        [ServerEngine(s.url, takes_adapters=s.takes_adapters, repacks=s.repacks, token=token) for s in servers],
         Model(folder, tokenizer, dtype_name(student.compute_dtype)),
         temperature=config.comparison_temperature(),
         slots=config.sampler_slots,

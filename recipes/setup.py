@@ -115,7 +115,7 @@ def check_models(config: StudentConfig, *, tools: bool = False) -> CheckedModels
                 f"teacher {foreign} has another tokenizer, and the blend {name!r} mixes distributions over one "
                 "vocabulary. Route rows to it instead, or give it blend_weight=0"
             )
-    servers = samplers.check_student_servers(config, student_renderer.tokenizer, device)
+    servers = samplers.check_student_servers(config, student, student_renderer.tokenizer, device)
     sampled_at = samplers.check_sampled_teachers(config, specs, teachers)
     context_length, context_limit = _context(config, student, teachers, servers)
     return CheckedModels(

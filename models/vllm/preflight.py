@@ -14,6 +14,7 @@ from envs.types import SamplingParams, StopCondition
 from errors import ConfigError, SamplerError
 from models.vllm.engine import Transient, sampling_params
 from models.vllm.server import ServerEngine, reason_of
+from models.vllm.worker import EXTENSION
 
 TEXT = "Ünïcode, 3.14159 + 2 = 5?\n\tdef f(x):  return x**2\n漢字 🙂"
 COMMAND = "vllm serve MODEL --enable-scale-out --logprobs-mode processed_logprobs --generation-config vllm"
@@ -27,6 +28,7 @@ class ServerFacts:
     url: str
     max_model_len: int
     takes_adapters: bool
+    repacks: bool = False  # has our worker extension, which packs a head anew
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,11 @@ class Asked:
 
 
 async def check_servers(
-    asked: Asked, tokenizer: PreTrainedTokenizerBase, *, dtype: str, lora_rank: int = 0
+    asked: Asked, tokenizer: PreTrainedTokenizerBase, *, dtype: str, lora_rank: int = 0, tied: bool = False
 ) -> list[ServerFacts]:
-    """Of servers that a run hands weights to. Raises `ConfigError` for the first that cannot sample for it."""
-    return [await _Server(asked, url, tokenizer).check(replaced=(dtype, lora_rank)) for url in asked.urls]
+    """Of servers that a run hands weights to; `tied`: their head is their embedding. Raises `ConfigError` for the first
+    that cannot sample for it."""
+    return [await _Server(asked, url, tokenizer).check(replaced=(dtype, lora_rank, tied)) for url in asked.urls]
 
 
 async def check_serving(asked: Asked, tokenizer: PreTrainedTokenizerBase) -> list[ServerFacts]:
@@ -62,8 +65,8 @@ class _Server:
         self._model = {} if asked.model is None else {"model": asked.model}
         self._tokenizer = tokenizer
 
-    async def check(self, replaced: tuple[str, int] | None) -> ServerFacts:
-        """`replaced`: number type and LoRA rank of the weights that it is going to get."""
+    async def check(self, replaced: tuple[str, int, bool] | None) -> ServerFacts:
+        """`replaced`: of the weights that it is going to get, number type, LoRA rank, whether they are tied."""
         command = COMMAND if replaced is None else UPDATABLE
         await self._engine.open()
         try:
@@ -100,7 +103,7 @@ class _Server:
                 f"samples. Start one with: {COMMAND}"
             ) from error
 
-    async def _facts(self, dtype: str, lora_rank: int) -> ServerFacts:
+    async def _facts(self, dtype: str, lora_rank: int, tied: bool) -> ServerFacts:
         answer = await self._engine.get("/server_info?config_format=json")
         if answer.status_code != 200:
             raise ConfigError(
@@ -113,6 +116,8 @@ class _Server:
             lora: Mapping[str, Any] | None = info["vllm_config"]["lora_config"]
             hot = bool(info["vllm_env"].get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"))
             own, length = str(model["dtype"]).removeprefix("torch."), int(model["max_model_len"])
+            on_cpu = "cpu" in str(info["vllm_config"].get("device_config"))
+            repacks = EXTENSION in str(info["vllm_config"].get("parallel_config"))
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{self._where}: its /server_info is not vLLM 0.32's ({error!r})") from error
         if own != dtype:
@@ -121,7 +126,12 @@ class _Server:
                 f"rounding alone. Start the server with --dtype {dtype}, or set dtype={own}"
             )
         takes = bool(lora_rank and lora and hot and int(lora["max_lora_rank"]) >= lora_rank)
-        return ServerFacts(self._engine.name, length, takes)
+        if on_cpu and tied and not lora_rank and not repacks:
+            raise ConfigError(
+                f"{self._where} computes on a CPU, where vLLM keeps a copy of a head that is the embedding too, and a "
+                f"reload forgets it. Start it with --worker-extension-cls {EXTENSION}, and Protege installed beside it"
+            )
+        return ServerFacts(self._engine.name, length, takes, repacks)
 
     async def _resume(self) -> None:
         """A run that was killed while it handed weights over has left its server paused."""

@@ -29,8 +29,11 @@ UPDATE_S = 1800.0  # of a request that reads weights from a disk
 class ServerEngine:
     """`Engine` behind a URL. How long a turn may take is its caller's to say. The token is sent, and never shown."""
 
-    def __init__(self, url: str, *, takes_adapters: bool = False, token: str | None = None) -> None:
+    def __init__(
+        self, url: str, *, takes_adapters: bool = False, repacks: bool = False, token: str | None = None
+    ) -> None:
         self.name = url.rstrip("/")
+        self._repacks = repacks  # has our worker extension
         self.takes_adapters = takes_adapters
         self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         self._client: httpx2.AsyncClient | None = None
@@ -87,6 +90,8 @@ class ServerEngine:
         try:
             rpc = {"method": "reload_weights", "kwargs": {"weights_path": str(folder.absolute())}}
             await self._order("/collective_rpc", timeout_s=UPDATE_S, json=rpc)
+            if self._repacks:
+                await self._order("/collective_rpc", timeout_s=UPDATE_S, json={"method": "repack_heads"})
             await self._order("/update_weight_version", json={"new_version": label})
         except BaseException:
             with anyio.CancelScope(shield=True), contextlib.suppress(ProtegeError, Transient):

