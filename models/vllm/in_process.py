@@ -27,6 +27,7 @@ from models.vllm.transfer import Sender
 from models.vllm.worker import EXTENSION
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for
+RESUME_S = 30.0  # an engine that takes longer has frozen
 DEFAULTS = {
     "VLLM_LOGGING_LEVEL": "ERROR",  # it warns at every reload
     "VLLM_NO_USAGE_STATS": "1",
@@ -197,7 +198,7 @@ class InProcessEngine:
         try:
             yield
         except BaseException:
-            with anyio.CancelScope(shield=True), contextlib.suppress(ProtegeError, Transient):
+            with anyio.move_on_after(RESUME_S, shield=True), contextlib.suppress(ProtegeError, Transient):
                 await self._call("resume_generation")
             raise
         await self._call("resume_generation")

@@ -24,6 +24,7 @@ from models.vllm.engine import Answer, Outdated, Transient, Unreachable, read_an
 CONNECT_S = 10.0
 CONTROL_S = 30.0  # of a request that computes nothing
 UPDATE_S = 1800.0  # of a request that reads weights from a disk
+RESUME_PAUSES_S = (0.2, 1.0)  # after the first and the second try
 
 
 class ServerEngine:
@@ -94,9 +95,18 @@ class ServerEngine:
                 await self._order("/collective_rpc", timeout_s=UPDATE_S, json={"method": "repack_heads"})
             await self._order("/update_weight_version", json={"new_version": label})
         except BaseException:
-            with anyio.CancelScope(shield=True), contextlib.suppress(ProtegeError, Transient):
-                await self._order("/resume")
+            with anyio.move_on_after(CONTROL_S, shield=True), contextlib.suppress(ProtegeError, Transient):
+                await self._resume()
             raise
+        await self._resume()
+
+    async def _resume(self) -> None:
+        """More than one try: a server that stays paused answers nobody."""
+        for pause_s in RESUME_PAUSES_S:
+            try:
+                return await self._order("/resume")
+            except Transient:
+                await anyio.sleep(pause_s)
         await self._order("/resume")
 
     async def transfer(self, source: WeightSource, label: str) -> None:

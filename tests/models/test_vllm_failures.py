@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import os
@@ -437,6 +438,50 @@ async def test_what_is_sent_leaves_nothing_to_the_models_defaults(tmp_path: Path
     assert how["ignore_eos"] and how["include_stop_str_in_output"] and how["detokenize"]
 
 
+class Updatable:
+    """A server that takes weights, fails the next `refusals` resumes, and answers nobody while it is paused."""
+
+    def __init__(self, refusals: int) -> None:
+        self.refusals, self.paused, self.label = refusals, False, "default"
+
+    def __call__(self, path: str, body: dict[str, Any]) -> Any:
+        route = path.partition("?")[0]
+        if route == "/resume" and self.refusals:
+            self.refusals -= 1
+            return 503, "busy"
+        self.paused = (self.paused or route == "/pause") and route != "/resume"
+        if route == "/update_weight_version":
+            self.label = body["new_version"]
+        if route == "/weight_info":
+            return 200, {"weight_version": self.label}
+        if route == "/inference/v1/generate":
+            ids = range(7, 7 + body["sampling_params"]["max_tokens"])
+            return None if self.paused else (200, generated(ids, label=self.label))
+        return 200, {}
+
+
+@pytest.mark.parametrize(("refusals", "used"), [(2, True), (3, False)])
+async def test_a_server_that_does_not_resume_is_asked_again_and_else_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusals: int, used: bool
+):
+    monkeypatch.setattr("models.vllm.server.RESUME_PAUSES_S", (0.01, 0.01))
+    one, two = Updatable(refusals), Updatable(0)
+    async with (
+        scripted_server(one) as server,
+        scripted_server(two) as other,
+        sampler(tmp_path, ServerEngine(server.url), ServerEngine(other.url), slots=1) as s,
+    ):
+        await s.update_weights(Weights(), 1)
+        assert server.paths.count("/resume") == 3 and one.paused is not used
+        await anyio.sleep(0.1)  # it is looked at
+        with anyio.fail_after(5):
+            for i in range(3):
+                await s.sample([1, i], params(1))
+        assert (s._pool.members[0].down is None) is used
+        await s.update_weights(Weights(), 2)
+        assert not one.paused and s._pool.members[0].down is None
+
+
 # --- before a run
 
 
@@ -546,6 +591,33 @@ async def test_a_dead_url_is_named():
 
 
 # --- an engine in this process
+
+
+async def test_an_engine_that_freezes_in_an_update_does_not_outlast_its_limit(monkeypatch: pytest.MonkeyPatch):
+    class Frozen:
+        errored = False
+
+        async def pause_generation(self, **_: Any) -> None: ...
+
+        async def collective_rpc(self, *_: Any, **__: Any) -> None:
+            await anyio.sleep_forever()
+
+        async def resume_generation(self) -> None:
+            await anyio.sleep_forever()
+
+    async def update() -> None:
+        with anyio.fail_after(0.05):
+            await engine.reload(Path("m"), "label")
+
+    monkeypatch.setattr("models.vllm.in_process.RESUME_S", 0.05)
+    engine = InProcessEngine(EngineOptions("float32", 4))
+    monkeypatch.setattr(engine, "_llm", Frozen())
+    task = asyncio.create_task(update())  # a limit of anyio's around it would not end it either
+    try:
+        await asyncio.wait([task], timeout=5.0)
+        assert task.done() and isinstance(task.exception(), TimeoutError)
+    finally:
+        task.cancel()
 
 
 def test_what_an_engine_here_is_told():
