@@ -79,6 +79,8 @@ def parse_config(config_class: type[ConfigT], argv: Sequence[str], *, presets: P
         # why: chz's validators and `chz.validate` methods complain with these, about given values;
         # X_ is chz's name for a field before munging, which no user knows
         raise ConfigError(re.sub(r"\bX_(?=\w)", "", str(error))) from error
+    except ConfigError as error:
+        raise ConfigError(_with_whole_name(str(error), config_class, given)) from error
 
 
 def _pairs(argv: Sequence[str]) -> dict[str, str]:
@@ -241,6 +243,17 @@ def _explain(message: str, config_class: type, given: Mapping[str, str]) -> str:
         why = reason[1] if reason and not reason[1].startswith("Could not cast") else ""
         return f"{name}={given.get(name, '')}: expected {option.expected}" + (f" ({why})" if why else "")
     return message
+
+
+def _with_whole_name(message: str, config_class: type, given: Mapping[str, str]) -> str:
+    """A nested config's message that begins with its own option, `url=…`, from the top: `teacher.url=…`."""
+    first = re.match(r"\w+(?=[= ])", message)
+    if first is None or first[0] in chz.chz_fields(config_class):
+        return message
+    named = [name for name in given if name.rpartition(".")[2] == first[0]]
+    if len(named) > 1:
+        named = [name for name in named if message.startswith(f"{first[0]}={given[name]}")]
+    return named[0].removesuffix(first[0]) + message if len(named) == 1 else message
 
 
 def _explain_unknown(key: str, known: Mapping[str, Option]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import chz
 import torch
@@ -12,6 +11,7 @@ import torch
 from errors import ConfigError
 from recipes.cli import ByName
 from recipes.tokens import check_one_place, read_token
+from recipes.urls import check_url
 
 
 @chz.chz
@@ -92,14 +92,7 @@ class VLLMConfig(SamplerConfig):
         """Without duplicates. Raises `ConfigError`."""
         urls = [url.strip().rstrip("/") for url in (self.url or "").split(",")]
         for url in urls:
-            parts = urlsplit(url)
-            if parts.username is not None or parts.password is not None:
-                raise ConfigError(  # what is in an option is saved in config.json
-                    "sampler.url holds a user or a password: leave it out, and give the token with sampler.token_env "
-                    "or sampler.token_file"
-                )
-            if parts.scheme not in ("http", "https") or not parts.hostname or parts.path or parts.query:
-                raise ConfigError(f"sampler.url={self.url}: {url!r} is not http://host:port")
+            check_url(url, prefix="sampler.")
         return list(dict.fromkeys(urls))
 
     def token(self) -> str | None:

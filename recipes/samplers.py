@@ -65,7 +65,7 @@ def check_sampled_teachers(
     found = {}
     for spec in specs:
         if config.samples_teachers() and spec.server.url:
-            access = spec.server.access()
+            access = spec.server.access(spec.server_option)
             asked = Asked(
                 access.urls, access.token, spec.server.served_model, f"{spec.server_option}url",
                 patience_s=access.patience_s,

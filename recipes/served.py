@@ -6,7 +6,6 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 import chz
 import torch
@@ -21,6 +20,7 @@ from models.vllm.scorer import VllmScorer
 from recipes import own_service
 from recipes.own_service import OBJECTIVES_WITHOUT_WHOLE_DISTRIBUTIONS, OwnService
 from recipes.tokens import check_one_place, read_token
+from recipes.urls import check_url
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,9 @@ class ServerOptions:
     """A teacher that servers hold, and not this machine."""
 
     url: tuple[str, ...] = chz.field(
-        default=(), doc="address of `vllm serve` or recipes.serve_teacher; several that serve the same, by commas"
+        default=(),
+        blueprint_cast=lambda text: tuple(url.strip() for url in text.split(",")),  # chz takes `url=` for no urls
+        doc="address of `vllm serve` or recipes.serve_teacher; several that serve the same, by commas",
     )
     served_model: str | None = chz.field(default=None, doc="what the server calls it; default: its only model")
     token_env: str | None = chz.field(default=None, doc="environment variable that holds the server's token")
@@ -41,7 +43,7 @@ class ServerOptions:
     @chz.validate
     def _server(self) -> None:
         for url in self.url:
-            _check_url(url)
+            check_url(url, with_path=True)
         given = [name for name in _OF_A_SERVER if getattr(self, name) != chz.chz_fields(ServerOptions)[name]._default]
         if given and not self.url:
             raise ConfigError(f"{given[0]} is of a teacher on a server: give its url too, or leave it out")
@@ -51,31 +53,14 @@ class ServerOptions:
         if not 0 <= self.patience_s < float("inf"):
             raise ConfigError(f"patience_s={self.patience_s}: expected 0 or more")
 
-    def access(self) -> Access:
-        """With the token, read now. Raises `ConfigError`."""
+    def access(self, option: str = "") -> Access:
+        """With the token, read now. `option`: what the options begin with. Raises `ConfigError`."""
         urls = tuple(url.rstrip("/").removesuffix("/v1") for url in self.url)
-        return Access(
-            urls, read_token(self.token_env, self.token_file), timeout_s=self.timeout_s, patience_s=self.patience_s
-        )
+        token = read_token(self.token_env, self.token_file, prefix=option)
+        return Access(urls, token, timeout_s=self.timeout_s, patience_s=self.patience_s)
 
 
 _OF_A_SERVER = ("served_model", "token_env", "token_file", "timeout_s", "patience_s")
-
-
-def _check_url(url: str) -> None:
-    """Raises `ConfigError`."""
-    try:
-        parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
-    except ValueError:
-        usable = False
-    if not usable or parts.query or parts.fragment:
-        raise ConfigError(f"url={url}: expected an address like http://host:8000")
-    if parts.username is not None or parts.password is not None:
-        # what is in an option is saved in config.json
-        raise ConfigError(
-            "url holds a user or a password: leave it out, and give the token with token_env or token_file"
-        )
 
 
 @dataclass(frozen=True)

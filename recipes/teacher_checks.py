@@ -49,7 +49,7 @@ def check_teacher(config: StudentConfig, spec: TeacherSpec, student: Renderer, *
 async def _check_served_teacher(
     config: StudentConfig, spec: TeacherSpec, student: Renderer, tools: bool
 ) -> CheckedTeacher:
-    option, access = spec.server_option, spec.server.access()
+    option, access = spec.server_option, spec.server.access(spec.server_option)
     found = await served.find(access, spec.server.served_model, option)
     model = spec.model or found.source
     if model is None:
