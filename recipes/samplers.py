@@ -48,7 +48,9 @@ def check_student_servers(
     tied = bool(getattr(load_config(student).get_text_config(), "tie_word_embeddings", False))
 
     async def check() -> list[ServerFacts]:
-        return await check_servers(asked, tokenizer, dtype=dtype, lora_rank=config.lora_rank, tied=tied)
+        return await check_servers(
+            asked, tokenizer, dtype=dtype, lora_rank=config.lora_rank, tied=tied, dry_run=config.dry_run
+        )
 
     return tuple(anyio.run(check))
 

@@ -44,11 +44,18 @@ class Asked:
 
 
 async def check_servers(
-    asked: Asked, tokenizer: PreTrainedTokenizerBase, *, dtype: str, lora_rank: int = 0, tied: bool = False
+    asked: Asked,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: str,
+    lora_rank: int = 0,
+    tied: bool = False,
+    dry_run: bool = False,
 ) -> list[ServerFacts]:
-    """Of servers that a run hands weights to; `tied`: their head is their embedding. Raises `ConfigError` for the first
-    that cannot sample for it."""
-    return [await _Server(asked, url, tokenizer).check(replaced=(dtype, lora_rank, tied)) for url in asked.urls]
+    """Of servers that a run hands weights to; `tied`: their head is their embedding. One that is paused is resumed,
+    unless it is a dry run. Raises `ConfigError` for the first that cannot sample for it."""
+    replaced = (dtype, lora_rank, tied)
+    return [await _Server(asked, url, tokenizer).check(replaced, dry_run=dry_run) for url in asked.urls]
 
 
 async def check_serving(asked: Asked, tokenizer: PreTrainedTokenizerBase) -> list[ServerFacts]:
@@ -65,7 +72,7 @@ class _Server:
         self._model = {} if asked.model is None else {"model": asked.model}
         self._tokenizer = tokenizer
 
-    async def check(self, replaced: tuple[str, int, bool] | None) -> ServerFacts:
+    async def check(self, replaced: tuple[str, int, bool] | None, *, dry_run: bool = False) -> ServerFacts:
         """`replaced`: of the weights that it is going to get, number type, LoRA rank, whether they are tied."""
         command = COMMAND if replaced is None else UPDATABLE
         await self._engine.open()
@@ -73,7 +80,7 @@ class _Server:
             await self._check_alive(command)
             facts = await self._length() if replaced is None else await self._facts(*replaced)
             if replaced is not None:
-                await self._resume()
+                await self._resume(dry_run=dry_run)
             await self._check_tokenizer()
             await self._check_logprobs(command)
             return facts
@@ -133,11 +140,28 @@ class _Server:
             )
         return ServerFacts(self._engine.name, length, takes, repacks)
 
-    async def _resume(self) -> None:
+    async def _resume(self, *, dry_run: bool) -> None:
         """A run that was killed while it handed weights over has left its server paused."""
         answer = await self._engine.get("/is_paused")
-        if answer.status_code == 200 and answer.json().get("is_paused"):
-            await self._engine.post("/resume", None)
+        if answer.status_code != 200:
+            return
+        try:
+            paused = answer.json().get("is_paused")
+        except (ValueError, AttributeError) as error:
+            raise ConfigError(f"{self._where}: its /is_paused is not vLLM's ({reason_of(answer)})") from error
+        if not paused:
+            return
+        resume = f"curl -X POST {self._engine.name}/resume"
+        if dry_run:
+            raise ConfigError(
+                f"{self._where}: it is paused, by a run that was killed or one that hands weights over, and a dry run "
+                f"changes nothing. A run without dry_run resumes it, as does: {resume}"
+            )
+        answer = await self._engine.post("/resume", None)
+        if answer.status_code != 200:
+            raise ConfigError(
+                f"{self._where}: it is paused and does not resume ({reason_of(answer)}). Start it again, or: {resume}"
+            )
 
     async def _check_tokenizer(self) -> None:
         answer = await self._engine.post("/tokenize", {**self._model, "prompt": TEXT, "add_special_tokens": False})

@@ -563,6 +563,29 @@ async def test_a_head_is_packed_anew_after_a_reload_and_before_the_label(tmp_pat
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("paused", "resume", "dry_run", "says", "posts"),
+    [
+        ((200, "<html>"), (200, {}), False, "its /is_paused is not vLLM's", 0),
+        ((200, [True]), (200, {}), False, "its /is_paused is not vLLM's", 0),
+        ((200, {"is_paused": True}), (400, {"error": {"message": "no"}}), False, r"does not resume \(400 no\)", 1),
+        ((200, {"is_paused": True}), (200, {}), True, "a dry run changes nothing.*curl -X POST http://.*/resume", 0),
+    ],
+)
+async def test_a_paused_server_that_is_not_resumed_is_named(
+    paused: Any, resume: Any, dry_run: bool, says: str, posts: int
+):
+    answer = served()
+
+    def reply(path: str, body: dict[str, Any]) -> Any:
+        return {"/is_paused": paused, "/resume": resume}.get(path) or answer(path, body)
+
+    async with scripted_server(reply) as server:
+        with pytest.raises(ConfigError, match=says):
+            await check_servers(Asked((server.url,)), LETTERS, dtype="float32", dry_run=dry_run)
+    assert server.paths.count("/resume") == posts
+
+
 async def test_a_server_that_is_fit():
     async with scripted_server(served()) as server:
         (facts,) = await check_servers(Asked((server.url,)), LETTERS, dtype="float32")
