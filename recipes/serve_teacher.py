@@ -98,6 +98,8 @@ class Config:
         )
         if self.score_tokens is not None and self.score_tokens < 1:
             raise ConfigError(f"score_tokens={self.score_tokens}: expected 1 or more")
+        if self.port > 65_535:  # the system's lookup would take what is left of it after 16 bits
+            raise ConfigError(f"port={self.port}: expected at most 65535")
         if not 0 <= self.grace_s < float("inf"):
             raise ConfigError(f"grace_s={self.grace_s}: expected 0 or more")
         if bool(self.models) == (self.model_name is not None):

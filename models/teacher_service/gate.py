@@ -19,6 +19,8 @@ MARK = b"protege-teacher"
 """A header of every answer, by which a client knows this service."""
 OPEN_PATHS = frozenset({"/health"})
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
+GONE = 499
+"""The status, which nobody reads, of a request whose client went away."""
 _PIECE_BYTES = 1 << 20
 
 
@@ -82,7 +84,9 @@ async def send_refusal(refusal: Refused, send: Any) -> None:
 
 async def read_body(request: Any, *, max_bytes: int, timeout_s: float) -> bytearray:
     """The body of a Starlette request. Raises `Refused` for another media type, a length over the limit, announced or
-    sent, and a sender that takes too long."""
+    sent, and a sender that takes too long or goes away."""
+    from starlette.requests import ClientDisconnect  # pyright: ignore[reportMissingImports]
+
     if request.headers.get("content-type") != MEDIA_TYPE:
         raise Refused(415, f"send {MEDIA_TYPE}")
     announced = request.headers.get("content-length", "0")
@@ -97,6 +101,8 @@ async def read_body(request: Any, *, max_bytes: int, timeout_s: float) -> bytear
                 body += piece
     except TimeoutError:
         raise Refused(408, f"the request was not there after {timeout_s:g} s") from None
+    except ClientDisconnect:
+        raise Refused(GONE, "the client is gone") from None
     return body
 
 

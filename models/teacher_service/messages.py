@@ -14,6 +14,7 @@ from models.types import SignalKind, SignalSpec, TeacherTopK
 
 SERVICE = "protege-teacher"
 HiddenDtype = Literal["bfloat16", "float32"]
+MAX_VIEWS = 4096  # of one request
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.:+-]{0,99}$")]
 
 
@@ -140,6 +141,8 @@ def decode_request(data: bytearray, *, max_tokens: int) -> ScoreRequest:
     )
     if not len(lengths) or lengths.min() < 1 or lengths.sum(dtype=np.int64) != len(ids):
         raise Refused(400, f"the lengths of {len(lengths)} views do not make up their {len(ids)} ids")
+    if len(lengths) > MAX_VIEWS:
+        raise Refused(413, f"the request has {len(lengths)} views, at most {MAX_VIEWS} are taken")
     if len(ids) > max_tokens:
         raise Refused(413, f"the request has {len(ids)} tokens, at most {max_tokens} are taken")
     if len(scored) != (len(ids) + 7) // 8:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from models.teacher_service.messages import Reading
+from models.teacher_service.messages import MAX_VIEWS, Reading
 from models.types import TeacherView
 
 
@@ -20,13 +20,15 @@ class Piece:
 
 
 def cut(views: Sequence[TeacherView], *, tokens: int, scored: int) -> list[list[Piece]]:
-    """Pieces in the views' order, for one request each: of up to `tokens` tokens unless a single piece has more, and of
-    up to `scored` positions. A view that is cut has its beginning read once for every piece."""
+    """Pieces in the views' order, for one request each: of up to `tokens` tokens unless a single piece has more, of up
+    to `scored` positions, and never more than `MAX_VIEWS`. A view that is cut has its beginning read once for every
+    piece."""
     requests: list[list[Piece]] = []
     held_tokens = held_scored = 0
     for piece in _pieces(views, scored):
         size, count = len(piece.reading.ids), len(piece.reading.positions)
-        if not requests or held_tokens + size > tokens or held_scored + count > scored:
+        full = not requests or len(requests[-1]) == MAX_VIEWS
+        if full or held_tokens + size > tokens or held_scored + count > scored:
             requests.append([])
             held_tokens = held_scored = 0
         requests[-1].append(piece)

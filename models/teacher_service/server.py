@@ -28,7 +28,7 @@ import torch
 from errors import ConfigError, ProtegeError
 from models.device_thread import compute
 from models.heads import raw
-from models.teacher_service.gate import Gate, read_body, send_body, send_refusal, unless_disconnected
+from models.teacher_service.gate import GONE, Gate, read_body, send_body, send_refusal, unless_disconnected
 from models.teacher_service.hosting import ServedModel, head_of
 from models.teacher_service.messages import (
     AnswerFields,
@@ -121,6 +121,8 @@ class Service:
             return _Refusal(Refused(error.status_code, words.get(error.status_code, "the request was refused")))
 
         async def refused(request: Any, error: Refused) -> Any:
+            if error.status == GONE:
+                self._metrics.add("abandoned")
             return _Refusal(error)
 
         async def failed(request: Any, error: Exception) -> Any:
@@ -150,16 +152,20 @@ class Service:
     async def _give_scores(self, request: Any) -> _Answer:
         limit = OVERHEAD_BYTES + request_bytes(self._request_tokens)
         body = await read_body(request, max_bytes=limit, timeout_s=self.limits.read_timeout_s)
-        asked = decode_request(body, max_tokens=self._request_tokens)
-        model = self._find(asked.fields.model, asked.fields.weights)
-        self._check(asked, model)
+        asked, model = await anyio.to_thread.run_sync(self._understood, body)
         body = await unless_disconnected(request.receive, self._scores(asked, model))
         if body is None:
-            self._metrics.add("abandoned")
-            raise Refused(499, "the client is gone")
+            raise Refused(GONE, "the client is gone")
         self._metrics.add("scored_tokens", asked.scored, model=model.info.name, need=asked.fields.need)
         self._metrics.add("answer_bytes", len(body))
         return _Answer(body, self.limits.write_timeout_s)
+
+    def _understood(self, body: bytearray) -> tuple[ScoreRequest, ServedModel]:
+        """Raises `Refused`."""
+        asked = decode_request(body, max_tokens=self._request_tokens)
+        model = self._find(asked.fields.model, asked.fields.weights)
+        self._check(asked, model)
+        return asked, model
 
     async def _scores(self, asked: ScoreRequest, model: ServedModel) -> bytes:
         loaded, head = await model.checkpoint.loaded(model.info.name), None

@@ -19,8 +19,9 @@ def listen(host: str, port: int, *, token: str | None) -> socket.socket:
     address that cannot be had."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise ConfigError(f"host={host}: no such address here ({error.strerror or error})") from error
+    except (OSError, UnicodeError) as error:  # UnicodeError: for a label that no name server could know
+        reason = error.strerror if isinstance(error, OSError) else error.__cause__
+        raise ConfigError(f"host={host}: no such address here ({reason or error})") from error
     if token is None and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
         raise ConfigError(
             f"host={host} can be reached by other machines: give a token, by token_file= or ${TOKEN_VARIABLE}, "

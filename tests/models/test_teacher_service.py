@@ -30,6 +30,8 @@ from models.teacher_service import client, connection
 from models.teacher_service.client import RemoteScorer, describe
 from models.teacher_service.fit import check_fit, find_model
 from models.teacher_service.hosting import ServedModel
+from models.teacher_service.messages import MAX_VIEWS
+from models.teacher_service.pieces import cut
 from models.teacher_service.server import ServiceLimits
 from models.transformers_scorer import TransformersScorer
 from models.types import SignalKind, TeacherTopK, TeacherView
@@ -231,6 +233,11 @@ async def test_very_many_short_views_fit_into_the_requests_that_are_taken():
         assert count(service, "requests", path="/score", status="200") == 4
     for a, b in zip(got, await TransformersScorer("t", lm).score(some, SignalKind.SAMPLED), strict=True):
         torch.testing.assert_close(a.logprobs, b.logprobs, atol=1e-4, rtol=0)
+
+
+def test_no_request_has_more_views_than_are_taken():
+    some = [TeacherView(np.array([1]), np.array([], dtype=int), np.array([], dtype=int))] * (2 * MAX_VIEWS + 1)
+    assert [len(pieces) for pieces in cut(some, tokens=1 << 20, scored=9)] == [MAX_VIEWS, MAX_VIEWS, 1]
 
 
 def test_a_position_that_fits_into_no_answer_is_refused_at_the_start():

@@ -24,7 +24,14 @@ from teacher_services import TOKEN, Running, llama, running, served
 
 from errors import ConfigError, ModelError
 from models.teacher_service import hosting, wire
-from models.teacher_service.messages import Reading, RequestFields, ScoreRequest, encode_request
+from models.teacher_service.messages import (
+    MAX_VIEWS,
+    Reading,
+    RequestFields,
+    ScoreRequest,
+    decode_request,
+    encode_request,
+)
 from models.teacher_service.server import ServiceLimits
 from models.teacher_service.serving import listen
 from models.teacher_service.token import TOKEN_VARIABLE, read_token
@@ -140,8 +147,9 @@ def test_off_loopback_needs_a_token(host: str):
 def test_an_address_that_cannot_be_had_is_the_users_to_change():
     with listen("127.0.0.1", 0, token=None) as taken, pytest.raises(ConfigError, match="another port"):
         listen("127.0.0.1", taken.getsockname()[1], token=None)
-    with pytest.raises(ConfigError, match="no such address"):
-        listen("no-such-host.invalid", 1, token=None)
+    for host in ("no-such-host.invalid", "a" * 64, "a..b"):
+        with pytest.raises(ConfigError, match=f"host={host}: no such address here"):
+            listen(host, 1, token=None)
 
 
 def test_a_token_comes_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -189,6 +197,40 @@ def test_a_body_that_never_ends_is_given_up(service: Running):
         head = f"POST /score HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: {MEDIA_TYPE}\r\n"
         connection.sendall(f"{head}Content-Length: 500\r\n\r\nPRTG".encode())
         assert connection.recv(100).startswith(b"HTTP/1.1 408")
+
+
+def test_a_client_that_goes_away_in_mid_body_is_counted_and_no_failure(
+    service: Running, caplog: pytest.LogCaptureFixture, capfd: Any
+):
+    before = service.service.metrics_text()
+    head = f"POST /score HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: {wire.MEDIA_TYPE}\r\n"
+    with connect(service) as connection:
+        connection.sendall(f"{head}Content-Length: 500\r\n\r\nPRTG".encode())
+        time.sleep(0.1)
+    deadline = time.monotonic() + 10
+    while (after := service.service.metrics_text()) == before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert counted(after, "abandoned_total") == counted(before, "abandoned_total") + 1
+    status = 'requests_total{path="/score",status="%d"}'
+    assert counted(after, status % 499) == counted(before, status % 499) + 1
+    assert counted(after, status % 500) == counted(before, status % 500)
+    assert "Traceback" not in caplog.text + "".join(capfd.readouterr())
+
+
+def counted(metrics: str, name: str) -> float:
+    values = [line.split()[-1] for line in metrics.splitlines() if line.startswith(f"protege_teacher_{name} ")]
+    return float(values[0]) if values else 0.0
+
+
+def test_more_views_than_a_request_has_are_refused_before_they_are_looked_at():
+    fields = RequestFields(model="t", weights="w", need="sampled", temperature=1.0)
+    none = [Reading(np.array([1]), np.array([], dtype=int))] * 65_536
+    content = encode_request(ScoreRequest(fields, none))
+    assert len(content) < 10_000
+    with running(served(llama())) as service:
+        assert "65536 views, at most 4096" in refused(post(service, content), 413)
+    most = bytearray(encode_request(ScoreRequest(fields, none[:MAX_VIEWS])))
+    assert len(decode_request(most, max_tokens=MAX_VIEWS).readings) == MAX_VIEWS
 
 
 @pytest.mark.parametrize(

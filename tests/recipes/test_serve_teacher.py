@@ -57,6 +57,8 @@ def config(*argv: str) -> serve_teacher.Config:
         (["model_name=a", "max_top_k=0"], "max_top_k=0"),
         (["model_name=a", "score_tokens=0"], "score_tokens=0"),
         (["model_name=a", "grace_s=-1"], "grace_s=-1"),
+        (["model_name=a", "port=99999"], "port=99999: expected at most 65535"),
+        (["model_name=a", "port=-1"], "port=-1"),
         (["model_name=a", "token=abc"], "unknown option token"),
         (["model_name=a", "dtype=int8"], "dtype=int8"),
     ],
