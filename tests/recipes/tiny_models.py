@@ -141,6 +141,7 @@ def start(
 def _child(
     argv: list[str], output: str, interrupt: tuple[str, int] | None, recipe: str, first: Callable[[], None] | None
 ) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started deaf to Ctrl-C
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
