@@ -1,4 +1,4 @@
-"""What every client of an HTTP server here shares: proxies, certificates, and what an answer without success says."""
+"""What every client of an HTTP server here shares: tokens, proxies, certificates, and what a refusal says."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ import httpx2
 def may_use_proxy(url: str) -> bool:
     """What the environment says of proxies is not for this machine's own addresses, nor are tokens for a proxy."""
     return urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1")
+
+
+def token_header(token: str | None) -> dict[str, str]:
+    return {} if token is None else {"Authorization": f"Bearer {token}"}
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from typing import Any
 import anyio
 import httpx2
 
-from models.http_clients import certificates, may_use_proxy, reason_of
+from models.http_clients import certificates, may_use_proxy, reason_of, token_header
 
 CONNECT_S = 10.0
 IN_FLIGHT = 16  # requests at a time for every server; further ones wait here
@@ -83,12 +83,15 @@ class ServerPool:
 
     def client(self) -> httpx2.AsyncClient:
         """For some requests, to be closed after them: connections belong to the event loop that made them."""
-        headers = {} if self.access.token is None else {"Authorization": f"Bearer {self.access.token}"}
         timeout = httpx2.Timeout(self.access.timeout_s, connect=min(CONNECT_S, self.access.timeout_s))
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=IN_FLIGHT)
         proxies = all(map(may_use_proxy, self.access.urls))
         return httpx2.AsyncClient(
-            headers=headers, timeout=timeout, limits=limits, verify=certificates(), trust_env=proxies
+            headers=token_header(self.access.token),
+            timeout=timeout,
+            limits=limits,
+            verify=certificates(),
+            trust_env=proxies,
         )
 
     async def ask(self, client: httpx2.AsyncClient, path: str, body: Mapping[str, Any] | None = None) -> bytes:

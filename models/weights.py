@@ -44,9 +44,7 @@ class LMWeights:
 
     @torch.no_grad()
     def tensors(self) -> dict[str, Tensor]:
-        model = self._bare
-        with self._lm.reading_with_its_adapters():
-            state = self._state(model, merged=True)
+        model, state = self._bare, self._state(merged=True)
         # As `save_pretrained` does: experts that are fused in memory have names of their own on a disk.
         return revert_weight_conversion(model, remove_tied_weights_from_state_dict(state, model))
 
@@ -58,12 +56,13 @@ class LMWeights:
 
     @torch.no_grad()
     def _save(self, folder: Path, *, merged: bool) -> None:
-        model = self._bare
-        with self._lm.reading_with_its_adapters():  # a teacher's may be others than the student's on the same base
-            state = self._state(model, merged)
-        model.save_pretrained(folder, state_dict=state)
+        self._bare.save_pretrained(folder, state_dict=self._state(merged=merged))
 
-    def _state(self, model: Any, merged: bool) -> dict[str, Tensor]:
+    def _state(self, *, merged: bool) -> dict[str, Tensor]:
+        with self._lm.reading_with_its_adapters():  # a teacher's may be others than the student's on the same base
+            return self._state_of(self._bare, merged)
+
+    def _state_of(self, model: Any, merged: bool) -> dict[str, Tensor]:
         """By the names of the model without its adapter, each tensor once however many names it has."""
         adapted = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
         state: dict[str, Tensor] = {}

@@ -262,7 +262,7 @@ def _header(
         format=student.fingerprint,
         top_k=config.top_k,
         temperature=training.comparison_temperature(),
-        dtype="as served" if teacher.served is not None else str(models.compute_dtype).removeprefix("torch."),
+        dtype="as served" if teacher.served is not None else samplers.dtype_name(models.compute_dtype),
         dataset=dataset,
         examples=len(rows),
         made_from=hashlib.sha256(repr(made_from).encode()).hexdigest(),

@@ -86,8 +86,7 @@ def check(config: Config) -> Checked:
     if config.objective in OF_GIVEN_ANSWERS and not all(given):
         raise DataError(
             f"{config.saved}: has episodes that a student sampled, and objective={config.objective} learns from given "
-            "answers. "
-            "Use objective=jsd, or replay a run with lmbda=0"
+            "answers. Use objective=jsd, or replay a run with lmbda=0"
         )
     models = setup.check_models(config, tools=saved.several_turns)
     saved.check_spelling(config.saved, models.student_renderer.tokenizer, config.model_name)

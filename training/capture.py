@@ -28,7 +28,6 @@ from models.types import Signal, SignalKind, SignalSpec, TeacherTopK, TeacherVie
 
 VERSION = 1
 _ROUNDING = 1e-3  # of probabilities that sum to 1
-_LARGEST_ID = np.iinfo(np.int32).max
 
 
 @dataclass(frozen=True)
@@ -284,9 +283,9 @@ def _example(path: str | Path, number: int, line: bytes, header: CaptureHeader) 
 
 def _ids(values: list) -> np.ndarray:
     ids = np.array(values)
-    if ids.dtype.kind != "i" or ids.min() < 0 or ids.max() > _LARGEST_ID:
-        raise ValueError("ids are whole numbers from 0")
-    return ids.astype(np.int32)
+    if ids.dtype.kind != "i" or (ids != (found := ids.astype(np.int32))).any():
+        raise ValueError("ids are whole numbers of 32 bits")
+    return found
 
 
 def check_example(example: Example, header: CaptureHeader) -> None:

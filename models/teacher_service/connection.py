@@ -15,7 +15,7 @@ import anyio
 import httpx2
 
 from errors import ConfigError, TeacherError
-from models.http_clients import certificates, may_use_proxy, reason_of
+from models.http_clients import certificates, may_use_proxy, reason_of, token_header
 from models.teacher_service.gate import MARK
 from models.teacher_service.wire import MEDIA_TYPE
 
@@ -58,10 +58,9 @@ class Connection:
     @asynccontextmanager
     async def open(self) -> AsyncIterator[httpx2.AsyncClient]:
         """Connections for some requests. They are of this event loop, and closed when the block ends."""
-        headers = {} if self._token is None else {"authorization": f"Bearer {self._token}"}
         timeout = httpx2.Timeout(self._deadline_s, connect=CONNECT_S)
         async with httpx2.AsyncClient(
-            headers=headers, timeout=timeout, verify=certificates(), trust_env=may_use_proxy(self.url)
+            headers=token_header(self._token), timeout=timeout, verify=certificates(), trust_env=may_use_proxy(self.url)
         ) as client:
             yield client
 

@@ -69,7 +69,6 @@ class Checkpoint:
         self._load = load
         self._token_budget = token_budget
         self._loaded: Loaded | None = None
-
         self._failure = ""  # of the last attempt to load, the kind of error
         self._failed_at = -math.inf
 
@@ -100,9 +99,7 @@ class Checkpoint:
             return
         try:
             self._loaded = Loaded(self._load(), token_budget=self._token_budget)
-        except (
-            Exception
-        ) as error:  # transformers raises errors of all kinds; kept by name, an error holds what was loaded
+        except Exception as error:  # transformers raises all kinds; only its name is kept: it holds what was loaded
             unexpected = not isinstance(error, ProtegeError)
             logger.error("model %s could not be loaded: %s", name, error, exc_info=unexpected)
             self._failure, self._failed_at = type(error).__name__, time.monotonic()

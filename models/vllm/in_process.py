@@ -170,15 +170,13 @@ class InProcessEngine:
         return str(await self._call("get_weight_version"))
 
     async def reload(self, folder: Path, label: str) -> None:
-        async with self._paused():
+        async with self._updated(label):
             await self._call("collective_rpc", "reload_weights", kwargs={"weights_path": str(folder.absolute())})
-            await self._call("collective_rpc", "repack_heads")
-            await self._call("update_weight_version", label)
 
     async def transfer(self, source: WeightSource, label: str) -> None:
         assert self.options.transfer is not None
         self._sender = self._sender or Sender(self.options.transfer, self._call, asyncio.get_running_loop())
-        async with self._paused():
+        async with self._updated(label):
             try:
                 await compute(self._sender.send, source)
             except (ProtegeError, Transient, TimeoutError):
@@ -188,15 +186,15 @@ class InProcessEngine:
                     f"{self.name}: the weights could not be handed over by {self.options.transfer} "
                     f"({type(error).__name__}: {error}). The run can be resumed, also with sampler.handover=folder"
                 ) from error
-            await self._call("collective_rpc", "repack_heads")
-            await self._call("update_weight_version", label)
 
     @asynccontextmanager
-    async def _paused(self) -> AsyncIterator[None]:
-        """Requests wait where they are, and no prefix is kept."""
+    async def _updated(self, label: str) -> AsyncIterator[None]:
+        """For as long as new weights take: requests wait where they are, and no prefix is kept."""
         await self._call("pause_generation", mode="keep", clear_cache=True)
         try:
             yield
+            await self._call("collective_rpc", "repack_heads")
+            await self._call("update_weight_version", label)
         except BaseException:
             with anyio.move_on_after(RESUME_S, shield=True), contextlib.suppress(ProtegeError, Transient):
                 await self._call("resume_generation")

@@ -36,7 +36,7 @@ class ServerEngine:
         self.name = url.rstrip("/")
         self._repacks = repacks  # has our worker extension
         self.takes_adapters = takes_adapters
-        self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        self._headers = http_clients.token_header(token)
         self._client: httpx2.AsyncClient | None = None
 
     @property

@@ -67,9 +67,8 @@ async def _card(access: Access, served_model: str | None, option: str) -> VllmSe
                 f"{option}served_model={served_model}: {url} serves {', '.join(cards)}. Name one of these, or start "
                 "the server with that model"
             )
-        base = cards.get(
-            cards[name].get("parent"), cards[name]
-        )  # an adapter's card knows no length, and its root is a path
+        # An adapter's card knows no length, and its root is a path.
+        base = cards.get(cards[name].get("parent"), cards[name])
         return VllmServer(name, base.get("root") or name, int(base["max_model_len"]))
     except (LookupError, TypeError, ValueError, AttributeError):
         raise ConfigError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ BACKENDS = {
     "ipc": Backend("vllm.distributed.weight_transfer.ipc_engine", "IPCTrainerInitInfo", {"packed": True})
 }
 
-Call = Callable[..., Awaitable[Any]]
+Call = Callable[..., Coroutine[Any, Any, Any]]
 """A method of the engine by its name, with its arguments."""
 
 
@@ -79,10 +79,7 @@ class _Client:
         self._wait("finish_weight_update", weight_version)
 
     def _wait(self, method: str, *arguments: Any) -> None:
-        asyncio.run_coroutine_threadsafe(self._made(method, *arguments), self._loop).result(CALL_S)
-
-    async def _made(self, method: str, *arguments: Any) -> Any:
-        return await self._call(method, *arguments)
+        asyncio.run_coroutine_threadsafe(self._call(method, *arguments), self._loop).result(CALL_S)
 
 
 def _vllm_source(source: WeightSource) -> Any:

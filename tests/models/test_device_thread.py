@@ -4,6 +4,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Awaitable, Callable
+from functools import partial
 
 import anyio
 import anyio.to_thread
@@ -74,6 +76,19 @@ def test_a_cancelled_function_ends_at_its_next_look_and_what_waits_behind_it_is_
     stop_if_cancelled()  # elsewhere it is nothing
 
 
+async def cancelled_in_the_midst(
+    caller: Callable[[], Awaitable[None]], inside: threading.Event, go_on: threading.Event
+) -> None:
+    """The caller is cancelled while its function is `inside`, which then is let go on."""
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(caller)
+        await anyio.to_thread.run_sync(inside.wait)
+        tasks.cancel_scope.cancel()
+        with anyio.CancelScope(shield=True):
+            await anyio.sleep(0.05)
+            go_on.set()
+
+
 @pytest.mark.parametrize("shielded", [False, True])
 def test_a_function_that_has_committed_is_finished_and_its_result_given(shielded: bool):
     committed, go_on, steps = threading.Event(), threading.Event(), []
@@ -94,13 +109,7 @@ def test_a_function_that_has_committed_is_finished_and_its_result_given(shielded
             await anyio.sleep(0)
             steps.append("never")
 
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(one)
-            await anyio.to_thread.run_sync(committed.wait)
-            tasks.cancel_scope.cancel()
-            with anyio.CancelScope(shield=True):
-                await anyio.sleep(0.05)
-                go_on.set()
+        await cancelled_in_the_midst(one, committed, go_on)
 
     anyio.run(main)
     assert steps == ["whole", "result"]
@@ -115,16 +124,7 @@ def test_what_is_cancelled_already_commits_to_nothing():
         commit()
         done.append(1)
 
-    async def main() -> None:
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(compute, work)
-            await anyio.to_thread.run_sync(inside.wait)
-            tasks.cancel_scope.cancel()
-            with anyio.CancelScope(shield=True):
-                await anyio.sleep(0.05)
-                go_on.set()
-
-    anyio.run(main)
+    anyio.run(cancelled_in_the_midst, partial(compute, work), inside, go_on)
     assert not done
 
 

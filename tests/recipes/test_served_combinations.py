@@ -21,6 +21,7 @@ from scripted_shell_run import Records, ScriptedSampler
 from test_harbor_recipes import sandboxes, tool_models  # noqa: F401 (fixtures)
 from test_on_policy_multi_teacher import arithmetic, second  # noqa: F401 (second is a fixture)
 from test_other_tokenizers import BYTES, pair  # noqa: F401 (pair is a fixture)
+from test_own_service import models_of
 from tiny_models import REVERSE_KL, captured_engines, evaluation_rows, run, training_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -32,8 +33,7 @@ from tiny import plain_logits
 
 from errors import ConfigError, ModelError
 from models.teacher_service import hosting
-from models.teacher_service.hosting import ServedModel
-from recipes import capture_teacher, evaluate, replay, samplers, serve_teacher
+from recipes import capture_teacher, evaluate, replay, samplers
 from recipes.cli import parse_config
 
 TOP_K = {"objective": "topk_forward_kl", "top_k": 4}
@@ -48,11 +48,6 @@ def slow(options: dict[str, Any]) -> Any:
 def token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PROTEGE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("MY_TOKEN", TOKEN)
-
-
-def models_of(*folders: str) -> list[ServedModel]:
-    argv = [f"models.{i}.model_name={folder}" for i, folder in enumerate(folders)]
-    return serve_teacher.served_models(parse_config(serve_teacher.Config, [*argv, "device=cpu"]))
 
 
 @pytest.fixture(scope="module")
