@@ -98,6 +98,24 @@ class Commands:
         command = f"cat > /tmp/long << 'END'\n{text}END\nwc -c < /tmp/long"
         assert await out(sandbox, command) == f"{len(text.encode())}\n"
 
+    async def test_length_changes_nothing_that_a_command_sees(self, sandbox: Sandbox):
+        await run(
+            sandbox, "set -a; TMOUT=1; export LC_ALL=C.UTF-8; greet() { echo hello $*; }; K=kept; fail() { return 3; }"
+        )
+        padding = f"# {'é' * 70_000}"  # longer than one argument of a program may be
+        seen = "greet $K $A; cat | sort -u; pwd; env | wc -c; set | grep -c '^__text\\|^__input'; echo a\\\\b; fail"
+        for command, data in [
+            (seen, b"in\n"),
+            (f"{seen}\n{padding}", b"in\n" * 50_000),
+            (f"{padding}\n{seen}", b"in\n"),
+            (seen, b"in\n" * 50_000),
+        ]:
+            result = await run(sandbox, command, stdin=data, workdir="/tmp", env={"A": "given"})
+            *before, size, names, after = result.stdout.decode().splitlines()
+            assert (before, names, after) == (["hello kept given", "in", "/tmp"], "0", "a\\b")
+            assert int(size) < 2000 and (result.exit_code, result.stderr) == (3, b"")
+        assert (await run(sandbox, "pwd")).stdout == b"/app\n"
+
     async def test_commands_of_several_tasks_are_served_in_order(self, sandbox: Sandbox):
         async with anyio.create_task_group() as tasks:
             for n in range(20):

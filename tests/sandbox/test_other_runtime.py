@@ -29,7 +29,6 @@ KNOWN = {  # of gVisor 20221219, Debian 12's
     "test_a_folder_goes_and_comes_back": STAT,
     "test_a_fork_bomb_is_ended_and_the_sandbox_goes_on": KILLED,
     "test_memory_that_is_not_there_is_told": KILLED,
-    "test_input_is_the_bytes_given_or_empty": "bash reads its input byte by byte, a million of them for more than 20 s",
 }
 
 
