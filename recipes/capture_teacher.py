@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import anyio
 import anyio.to_thread
 import chz
 
@@ -41,6 +40,7 @@ from recipes.sampler_config import SamplerConfig, TransformersConfig, sampler_fi
 from recipes.served import ServerOptions
 from recipes.teacher_answers import check_who_answered, sampled_answers
 from recipes.teachers import refuse_ema
+from training import signals
 from training.capture import CaptureHeader, CaptureWriter, captured
 from training.capture_files import check_suffix
 from training.capture_files import writer as capture_writer
@@ -182,7 +182,7 @@ def presets(given: dict[str, str]) -> dict[str, Any]:
 
 def main(config: Config) -> None:
     checked = check(config)
-    anyio.run(_capture, config, checked)
+    signals.run(_capture, config, checked)
     size = Path(config.output_path).stat().st_size
     header = checked.header
     print(f"{config.output_path}: {header.examples} examples, top {header.top_k}, {size / 2**20:.1f} MiB")

@@ -6,7 +6,7 @@
 Layers, later wins: the config's defaults, the preset chosen by the given pairs, the pairs.
 
 Exit codes: 0 fine or `--help`, 1 a run failed (`ProtegeError`), 2 the user's mistake (`UserError`,
-unknown option, wrong type), 130 Ctrl-C. Anything else is a bug and keeps its traceback.
+unknown option, wrong type), 130 Ctrl-C, 143 SIGTERM. Anything else is a bug and keeps its traceback.
 
 `chz.entrypoint` is not used: it prints through a decorator that exits with 1 for a typo, and that
 re-raises when pytest is running. Its `Blueprint` does the work below it.
@@ -36,6 +36,7 @@ from chz.tiepin import CastError, type_repr
 from chz.util import MISSING
 
 from errors import ConfigError, ProtegeError, UserError
+from training.signals import Interrupted, raised_at_signals
 
 ConfigT = TypeVar("ConfigT")
 Presets = Callable[[dict[str, str]], Mapping[str, Any]]
@@ -56,7 +57,8 @@ def run_cli(
             print(help_text(config_class, presets, arguments))
             code = 0
         else:
-            code = main(parse_config(config_class, arguments, presets=presets)) or 0
+            with raised_at_signals():
+                code = main(parse_config(config_class, arguments, presets=presets)) or 0
     except BaseException as error:
         code = _report(error)
         if code is None:
@@ -274,9 +276,10 @@ def _explain_unknown(key: str, known: Mapping[str, Option]) -> str:
 def _report(error: BaseException) -> int | None:
     """Print an expected error to stderr and return its exit code; None for a bug."""
     leaves = _leaves(error)
-    if any(isinstance(leaf, KeyboardInterrupt) for leaf in leaves):
-        print("interrupted", file=sys.stderr)
-        return 130
+    for leaf in leaves:
+        if isinstance(leaf, KeyboardInterrupt):
+            print("interrupted", file=sys.stderr)
+            return leaf.exit_code if isinstance(leaf, Interrupted) else 130
     if not all(isinstance(leaf, ProtegeError) for leaf in leaves):
         return None
     for text in dict.fromkeys(str(leaf) for leaf in leaves):

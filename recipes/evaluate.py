@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import anyio
 import chz
 
 from envs.datasets import Dataset
@@ -29,6 +28,7 @@ from recipes.config import TrainConfig
 from recipes.sampler_config import SamplerConfig, sampler_field
 from recipes.served import ServerOptions
 from recipes.teachers import refuse_ema
+from training import signals
 from training.atomic import write_atomic
 from training.evaluation import Judge, evaluate
 
@@ -121,7 +121,7 @@ def main(config: Config) -> None:
         max_prompt_tokens=None,
         drop=False,
     )
-    metrics = anyio.run(_evaluate, config, data, models, training)
+    metrics = signals.run(_evaluate, config, data, models, training)
     for name, value in metrics.items():
         if not name.endswith("_se"):
             error = metrics.get(f"{name}_se")

@@ -40,6 +40,7 @@ from recipes.cli import run_cli
 from recipes.config import TrainConfig
 from recipes.harbor_setup import HarborOptions, check_lengths, group_builder, prepare_engine, sandboxes_of
 from recipes.sampler_config import SamplerConfig, TransformersConfig, sampler_field
+from training import signals
 from training.atomic import dumps, write_atomic
 from training.run_dir import Behavior, RunDir, open_run_dir
 
@@ -143,7 +144,7 @@ def main(config: Config) -> None:
     with run_dir:
         store = Store(run_dir.episodes_path / "step_000000.jsonl")  # the names of a run's own files
         lm = None if models is None else compute_blocking(_load, config, models)
-        anyio.run(_evaluate, config, data, models, lm, store, sandboxes_of(run_dir.path, config), run_dir.path)
+        signals.run(_evaluate, config, data, models, lm, store, sandboxes_of(run_dir.path, config), run_dir.path)
         metrics = summary(list(store.records.values()))
         run_dir.truncate_metrics(-1)  # what an earlier part of this evaluation summed up
         run_dir.append_metrics({"step": 0, **metrics})

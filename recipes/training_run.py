@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import anyio
 import chz
 from rich.console import Console
 from rich.text import Text
@@ -22,6 +21,7 @@ from recipes.config import OnPolicyConfig
 from recipes.memory import memory_lines
 from recipes.student_config import StudentConfig
 from recipes.teachers import CheckedTeacher
+from training import signals
 from training.collect import Teacher
 from training.evaluation import EvalSet, evaluate
 from training.loop import DatasetPlan, Loop, is_of_a_teacher
@@ -64,7 +64,7 @@ def train(config: StudentConfig, run: TrainingRun) -> None:
     with run_dir:
         try:
             parts = compute_blocking(setup.build_engines, config, run.models, _resume_folder(run_dir), run_dir.path)
-            anyio.run(_train, config, run, parts, run_dir)
+            signals.run(_train, config, run, parts, run_dir)
         except BaseException:
             run_dir.discard_if_empty()  # an empty folder would only refuse the corrected command
             raise

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import anyio
-import anyio.abc
 import anyio.to_thread
 import numpy as np
 
@@ -27,7 +25,7 @@ from envs.given import GivenEpisode
 from envs.rendering import Renderer
 from envs.rollout import derive_seed
 from envs.types import EnvGroupBuilder
-from errors import CheckpointError, NoSignalError, ProtegeError
+from errors import CheckpointError, NoSignalError
 from models.device_thread import commit, compute
 from models.types import Sampler
 from training.collect import Blend, Collected, Teacher, collect
@@ -40,7 +38,7 @@ from training.progress import Progress
 from training.report import write_report
 from training.run_dir import RunDir
 from training.saved_episodes import episode_row
-from training.signals import second_signal_quits
+from training.signals import Interruption, cancelled_at_signals
 from training.trackers import Trackers
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -109,49 +107,26 @@ class Loop:
     step: int = 0
     _cursor_states: list[dict] = field(default_factory=list)  # as of the last finished step
     _texts: dict[int, str] = field(default_factory=dict)
-    _interrupted: bool = False
+    _interruption: Interruption = field(default_factory=Interruption)
     _whole: bool = True  # the weights are those of a finished step
 
     # --- the whole run
 
     async def run(self) -> None:
-        """Train to `max_steps`. On SIGINT or SIGTERM: undo or finish the step, save, raise `KeyboardInterrupt`.
+        """Train to `max_steps`. On SIGINT or SIGTERM: undo or finish the step, save, raise `Interrupted`.
 
         However it ends, the last finished step is saved if a checkpoint of it was due."""
-        try:
-            with second_signal_quits() as armed:
-                async with anyio.create_task_group() as tasks:
-                    await tasks.start(self._watch_signals, tasks.cancel_scope, armed)
-                    async with self.sampler:
-                        try:
-                            await self._train()
-                        except CheckpointError:
-                            raise  # it was tried
-                        except BaseException:
-                            self._save_what_is_due()  # before engines are closed, which takes its time
-                            raise
-                    tasks.cancel_scope.cancel()
-        except BaseExceptionGroup as group:
-            # why: engines in this process may have had the same signal, and died of it
-            if not self._interrupted or group.split(ProtegeError)[1] is not None:
+        async with cancelled_at_signals(self.progress.message) as self._interruption, self.sampler:
+            try:
+                await self._train()
+            except CheckpointError:
+                raise  # it was tried
+            except BaseException:
+                self._save_what_is_due()  # before engines are closed, which takes its time
                 raise
-        if self._interrupted:
-            raise KeyboardInterrupt
-
-    async def _watch_signals(
-        self, scope: anyio.CancelScope, arm: Callable[[], None], *, task_status: anyio.abc.TaskStatus[None]
-    ) -> None:
-        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-            task_status.started()
-            async for _ in signals:
-                self._interrupted = True
-                self.progress.message("stopping: the step is saved or undone; Ctrl-C again to quit now")
-                scope.cancel()
-                break
-        arm()
 
     def _save_what_is_due(self) -> None:
-        due = self._interrupted or self.step == self.config.max_steps or self._due(self.config.save_every)
+        due = self._interrupted() or self.step == self.config.max_steps or self._due(self.config.save_every)
         if due and self.step and self._whole and self.config.train and self._saved_step() != self.step:
             self.save(final=self.step == self.config.max_steps)
 
@@ -169,6 +144,9 @@ class Loop:
                 await self.evaluate()
             if last or self._due(self.config.save_every):
                 self.save(final=last)
+
+    def _interrupted(self) -> bool:
+        return self._interruption.number is not None
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -200,7 +178,7 @@ class Loop:
             self.step, self._whole = self.step + 1, True
             self._cursor_states = [plan.cursor.state() for plan in self.plans]
             try:
-                if not self._interrupted:  # else nothing is sampled any more
+                if not self._interrupted():  # else nothing is sampled any more
                     await self.sampler.update_weights(self.learner.weights(), self.step)
             finally:  # the step is done, whether or not the next can be sampled
                 with timer.stage("writing"):

@@ -1,34 +1,141 @@
-"""The second Ctrl-C: the first lets a run finish its update and save, the second does not wait for anything."""
+"""SIGINT and SIGTERM: the first lets what runs save and clean up, the second does not wait for anything."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+import socket
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import anyio
+
+from errors import CheckpointError, ProtegeError
+
+T = TypeVar("T")
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOPPING = "stopping: what was begun is finished or undone; Ctrl-C again to quit now"
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ended by a signal, in order."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.exit_code = 128 + number
+
+
+@dataclass
+class Interruption:
+    """Whether there was a signal, for code that is cancelled or about to be."""
+
+    number: int | None = None
 
 
 @contextmanager
-def second_signal_quits() -> Iterator[Callable[[], None]]:
-    """Once what it gives has been called, SIGINT and SIGTERM end this process at once.
+def raised_at_signals() -> Iterator[None]:
+    """For the main thread of a process that ends with this block: a signal raises `Interrupted` in the midst of it."""
 
-    Nothing is waited for, not even what is being computed: engines, sandboxes and half-written files are left to what
-    guards them."""
-    before: dict[int, Any] = {}
-
-    def quit_now(*_: object) -> None:
-        if os.isatty(1):
-            os.write(1, b"\x1b[?25h")  # the panel hides the cursor
-        os.write(2, b"\ninterrupted\n")
-        os._exit(128 + signal.SIGINT)
-
-    def arm() -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, quit_now)
+    def stop(number: int) -> None:
+        raise Interrupted(number)
 
     try:
-        yield arm
+        with _handled_by(stop):
+            yield
+    except Interrupted:
+        _quit_at_next()  # what is still computed may keep the process for long
+        raise
+
+
+@asynccontextmanager
+async def cancelled_at_signals(say: Callable[[str], object]) -> AsyncIterator[Interruption]:
+    """The block is cancelled, and once it has cleaned up, `Interrupted` is raised. For the main thread's event loop."""
+    interruption, scope, loop = Interruption(), anyio.CancelScope(), asyncio.get_running_loop()
+
+    def cancel() -> None:
+        say(STOPPING)
+        scope.cancel()
+
+    def stop(number: int) -> None:
+        interruption.number = number
+        loop.call_soon_threadsafe(cancel)
+
+    with _woken_by_signals(loop), _handled_by(stop):
+        try:
+            with scope:
+                yield interruption
+        except (ProtegeError, BaseExceptionGroup) as error:
+            # why: engines may have had the same signal, and died of it
+            others = BaseExceptionGroup("", [error]).split(_may_follow_from_a_signal)[1]
+            if interruption.number is None or others is not None:
+                raise
+    if interruption.number is not None:
+        raise Interrupted(interruption.number)
+
+
+def run(function: Callable[..., Awaitable[T]], *args: Any) -> T:
+    """`anyio.run`, where signals cancel the function. Raises `Interrupted` when it has cleaned up."""
+
+    async def cancellable() -> T:
+        async with cancelled_at_signals(lambda text: print(text, file=sys.stderr, flush=True)):
+            return await function(*args)
+        raise AssertionError("cancelled, and nothing was raised")
+
+    return anyio.run(cancellable)
+
+
+@contextmanager
+def _woken_by_signals(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+    """A signal that comes just before the loop begins to wait would else be handled when it has waited."""
+    ours, woken = socket.socketpair()
+    for end in (ours, woken):
+        end.setblocking(False)
+    loop.add_reader(ours, ours.recv, 4096)
+    before = signal.set_wakeup_fd(woken.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        loop.remove_reader(ours)
+        ours.close()
+        woken.close()
+
+
+@contextmanager
+def _handled_by(first: Callable[[int], None]) -> Iterator[None]:
+    """`first` is called with the number of the first signal; the second ends the process."""
+
+    def handle(number: int, _: object) -> None:
+        _quit_at_next()
+        first(number)
+
+    before = {number: signal.signal(number, handle) for number in SIGNALS}
+    try:
+        yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) in (handle, _quit):  # else somebody else's, who stays in charge
+                signal.signal(number, handler)
+
+
+def _quit_at_next() -> None:
+    for number in SIGNALS:
+        signal.signal(number, _quit)
+
+
+def _quit(number: int, _: object) -> None:
+    """Not even what is being computed is waited for: engines, sandboxes and half-written files are left to what guards
+    them."""
+    if os.isatty(1):
+        os.write(1, b"\x1b[?25h")  # the panel hides the cursor
+    os.write(2, b"\ninterrupted\n")
+    os._exit(128 + number)
+
+
+def _may_follow_from_a_signal(error: BaseException) -> bool:
+    return isinstance(error, ProtegeError) and not isinstance(error, CheckpointError)

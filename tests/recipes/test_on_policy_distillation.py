@@ -381,7 +381,7 @@ def test_sigterm_is_a_ctrl_c(tmp_path: Path, models: Models):
         assert time.monotonic() < deadline and process.exitcode is None
         time.sleep(0.02)
     process.terminate()
-    assert tiny_models.finish(process) == 130
+    assert tiny_models.finish(process) == 143
     steps = len(training_rows(tmp_path / "run"))
     assert final(tmp_path / "run").name == f"step_{steps:06d}"
 

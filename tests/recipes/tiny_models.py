@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from models import device_thread
 from models.transformers_sampler import TransformersSampler
 from recipes import on_policy_distillation, setup, training_run
 from recipes.cli import parse_config, run_cli
@@ -155,7 +156,7 @@ def _child(
         first()
     module = importlib.import_module(f"recipes.{recipe}")
     with no_report():
-        run_cli(module.main, module.Config, presets=module.presets, argv=argv)
+        run_cli(module.main, module.Config, presets=getattr(module, "presets", None), argv=argv)
 
 
 def _interrupt_pack(phase: str, number: int) -> None:
@@ -168,7 +169,10 @@ def _interrupt_pack(phase: str, number: int) -> None:
             print(f"pack {len(begun)} of many", flush=True)
             if len(begun) == 1:
                 os.kill(os.getpid(), number)
-                time.sleep(0.3)  # the event loop sees the signal while this thread still computes
+                deadline = time.monotonic() + 30
+                while not device_thread._thread.call.cancelled:  # while this thread still computes
+                    assert time.monotonic() < deadline
+                    time.sleep(0.01)
         return run_pack(self, batch, objective, train)
 
     Learner._run_pack = counted  # type: ignore[method-assign]
