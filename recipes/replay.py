@@ -23,6 +23,8 @@ from errors import ConfigError, DataError
 from recipes import setup
 from recipes.cli import run_cli
 from recipes.config import OF_GIVEN_ANSWERS, TrainConfig
+from recipes.sampler_config import TransformersConfig
+from recipes.student_config import refuse_given
 from recipes.training_run import TrainingRun, print_dry_run, train
 from training.loop import DatasetPlan
 from training.saved_episodes import read_saved_episodes
@@ -43,6 +45,14 @@ class Config(TrainConfig):
             raise ConfigError(f"num_substeps={self.num_substeps}: a replay makes one update of each saved step")
         if self.rollouts_only:
             raise ConfigError("rollouts_only=True: a replay has no rollouts, and does nothing but train")
+        if self.sampler != TransformersConfig():
+            raise ConfigError("a replay samples nothing: leave the sampler's options out")
+        refuse_given(self, ("max_tokens", "sampler_slots"), "a replay samples nothing: leave it out")
+        refuse_given(
+            self,
+            ("eval_every", "eval_samples", "eval_teacher"),
+            "a replay has no held-out rows: leave it out, and evaluate its checkpoints with recipes.evaluate",
+        )
 
     def _check_lmbda(self) -> None:
         if self.lmbda != 1:

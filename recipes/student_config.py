@@ -191,6 +191,14 @@ def check_positive(name: str, value: float) -> None:
         raise ConfigError(f"{name}={value}: expected a positive number")
 
 
+def refuse_given(config: Any, names: Sequence[str], why: str) -> None:
+    """Raises `ConfigError` for the first of these options that is not at its default."""
+    fields = chz.chz_fields(type(config))
+    for name in names:
+        if (value := getattr(config, name)) != fields[name]._default:
+            raise ConfigError(f"{name}={value}: {why}")
+
+
 def json_object(name: str, text: str) -> dict[str, Any]:
     """The option's value, parsed. Raises `ConfigError`."""
     try:
