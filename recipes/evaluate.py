@@ -118,8 +118,7 @@ def main(config: Config) -> None:
         models,
         teacher_of=lambda row: training.teacher_name,
         max_tokens=config.max_tokens,
-        max_prompt_tokens=None,
-        drop=False,
+        drop=None,
     )
     metrics = signals.run(_evaluate, config, data, models, training)
     for name, value in metrics.items():

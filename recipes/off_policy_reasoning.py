@@ -133,8 +133,8 @@ def check(config: Config) -> Checked:
         data,
         models,
         teacher_of=None,
-        max_tokens=1,
-        max_prompt_tokens=longest - 1,
+        max_tokens=None,
+        asked=(config.max_length - 1, f"max_length={config.max_length}"),
         drop=config.long_prompts == "drop",
     )
     if any(row.expected_answer is not None for row in data.test):

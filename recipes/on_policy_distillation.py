@@ -171,7 +171,7 @@ def check(config: Config) -> Checked:
         models,
         teacher_of=lambda row: config.teacher_name,
         max_tokens=config.max_tokens,
-        max_prompt_tokens=config.max_prompt_tokens,
+        asked=(config.max_prompt_tokens, f"max_prompt_tokens={config.max_prompt_tokens}"),
         drop=config.long_prompts == "drop",
     )
     return Checked(data=data, models=models)

@@ -245,7 +245,7 @@ def check(config: Config) -> Checked:
             models,
             teacher_of=part.teacher_of,
             max_tokens=config.max_tokens,
-            max_prompt_tokens=config.max_prompt_tokens,
+            asked=(config.max_prompt_tokens, f"max_prompt_tokens={config.max_prompt_tokens}"),
             drop=config.long_prompts == "drop",
         )
         checked.append(replace(part, data=data))

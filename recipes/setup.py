@@ -174,22 +174,28 @@ def check_prompt_lengths(
     models: CheckedModels,
     *,
     teacher_of: Callable[[Row], str] | None,
-    max_tokens: int,
-    max_prompt_tokens: int | None,
-    drop: bool,
+    max_tokens: int | None,
+    asked: tuple[int | None, str] = (None, ""),
+    drop: bool | None,
 ) -> Dataset:
-    """Refuse, or `drop`, rows whose prompt leaves no room for `max_tokens`, the student's or (if any) its teacher's.
+    """Refuse, or `drop`, rows whose prompt is too long, the student's or (if any) its teacher's: one that leaves no
+    room for `max_tokens`, or is longer than `asked`, so many tokens (None: any) by the option that is given in words.
 
-    Raises `DataError`, for hints too, and `ConfigError`."""
+    `max_tokens` and `drop` are None where the recipe has no such option. Raises `DataError`, for hints too, and
+    `ConfigError`."""
     refuse_hints([*data.train, *data.test])
-    limit = max_prompt_tokens
+    longest, option = asked
+    limits = [] if longest is None else [(longest, option, f"raise {option.partition('=')[0]}")]
     if models.context_length is not None:
-        room = models.context_length - max_tokens
+        room = models.context_length - (max_tokens or 1)
+        why = f"{'' if max_tokens is None else f'max_tokens={max_tokens}: '}{models.context_limit}"
         if room < 1:
-            raise ConfigError(f"max_tokens={max_tokens}: {models.context_limit}")
-        limit = room if limit is None else min(limit, room)
-    if limit is None:
+            raise ConfigError(why)
+        limits.append((room, why, "" if max_tokens is None else "lower max_tokens"))
+    if not limits:
         return data
+    limit, why, way_out = min(limits, key=lambda limit: limit[0])
+    ways_out = [*filter(None, [way_out]), *(["set long_prompts=drop"] if drop is not None else [])]
 
     # What a format adds by itself, a system prompt of its own included.
     added = {
@@ -208,9 +214,8 @@ def check_prompt_lengths(
             if size > limit and (tokens := len(renderer.prompt(messages))) > limit:
                 if not drop:
                     raise DataError(
-                        f"{row.row_id}: its prompt has {tokens} tokens, the longest allowed is {limit} "
-                        f"(max_tokens={max_tokens} and the models' context decide: {models.context_limit}). "
-                        "Shorten it, lower max_tokens, or set long_prompts=drop"
+                        f"{row.row_id}: its prompt has {tokens} tokens, the longest allowed is {limit} ({why}). "
+                        f"Shorten it, or {', or '.join(ways_out)}"
                     )
                 return True
         return False

@@ -196,7 +196,8 @@ def test_a_prompt_longer_than_the_budget(side: str, capfd: pytest.CaptureFixture
     err = assert_refused(capfd, tmp_path, argv, "its prompt has 1", "the longest allowed is 122", "long_prompts=drop")
     assert ("error: 0:" if "system" in side else "error: 3:") in err
     limited = [*argv[:-1], argv[-1].split("=")[0] + "=1", "max_prompt_tokens=8"]
-    assert "the longest allowed is 8" in assert_refused(capfd, tmp_path, limited)
+    err = assert_refused(capfd, tmp_path, limited, "the longest allowed is 8 (max_prompt_tokens=8)")
+    assert "raise max_prompt_tokens" in err and "max_tokens=" not in err.replace("max_prompt_tokens=", "")
 
 
 def test_long_prompts_can_be_left_out_and_are_counted(
