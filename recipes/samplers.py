@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import anyio
 import chz
@@ -19,7 +20,7 @@ from models.transformers_sampler import TransformersSampler
 from models.types import Sampler
 from models.vllm.handover import Model
 from models.vllm.in_process import EngineOptions, InProcessEngine
-from models.vllm.preflight import Asked, ServerFacts, check_servers, check_serving
+from models.vllm.preflight import Asked, NewWeights, ServerFacts, check_servers, check_serving
 from models.vllm.sampler import VLLMSampler, Waits
 from models.vllm.server import ServerEngine
 from models.weights import LMWeights
@@ -44,13 +45,16 @@ def check_student_servers(
     """Raises `ConfigError` for a server that the student's weights cannot be handed to."""
     if (asked := asked_servers(config.sampler)) is None:
         return ()
-    dtype = dtype_name(config.compute_dtype(device))
-    tied = bool(getattr(load_config(student).get_text_config(), "tie_word_embeddings", False))
+    assert isinstance(config.sampler, VLLMConfig)
+    weights = NewWeights(
+        dtype_name(config.compute_dtype(device)),
+        config.lora_rank,
+        tied=bool(getattr(load_config(student).get_text_config(), "tie_word_embeddings", False)),
+        transfer=config.sampler.transfer(),
+    )
 
     async def check() -> list[ServerFacts]:
-        return await check_servers(
-            asked, tokenizer, dtype=dtype, lora_rank=config.lora_rank, tied=tied, dry_run=config.dry_run
-        )
+        return await check_servers(asked, tokenizer, weights, dry_run=config.dry_run)
 
     return tuple(anyio.run(check))
 
@@ -95,9 +99,9 @@ def make_sampler(
     assert folder is not None, "engines with a copy of the weights are handed them in a folder"
     if options.url is None:
         return _in_process(config, options, student, tokenizer, folder, lora_rank=config.lora_rank)
-    token = options.token()
+    how: Any = {"token": options.token(), "transfer": options.transfer()}
     return VLLMSampler(
-        [ServerEngine(s.url, takes_adapters=s.takes_adapters, repacks=s.repacks, token=token) for s in servers],
+        [ServerEngine(s.url, takes_adapters=s.takes_adapters, repacks=s.repacks, **how) for s in servers],
         Model(folder, tokenizer, dtype_name(student.compute_dtype)),
         temperature=config.comparison_temperature(),
         slots=config.sampler_slots,
@@ -174,7 +178,7 @@ def engine_options(
         enforce_eager=options.enforce_eager,
         tensor_parallel_size=options.tensor_parallel_size,
         lora_rank=lora_rank,
-        transfer=None if options.handover == "folder" else options.handover,
+        transfer=options.transfer(),
         sleeps=options.sleep and not on_cpu,
         seed=config.seed,
     )

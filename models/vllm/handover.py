@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,7 @@ class Handover:
         self._model = model
         self._temperature = temperature
         self._run = run
+        self._sending = anyio.Lock()  # a transfer holds a copy of the weights, and buffers on the device
         self._adapters: list[tuple[str, Path]] = []  # the last ones, as requests in flight still use them
 
     def version_of(self, label: str) -> int | None:
@@ -99,14 +101,15 @@ class Handover:
     async def _give(self, member: Member, folder: Path, label: str, adapter: str | None, source: WeightSource) -> None:
         member.unproven = True  # also after an error: the label is set before the proof, and tells nothing of it
         try:
-            with anyio.fail_after(UPDATE_S):
-                await member.engine.wake()
-                if adapter is not None:
-                    await member.engine.load_adapter(folder / "adapter", adapter)
-                elif member.engine.takes_tensors:
-                    await member.engine.transfer(source, label)
-                else:
-                    await member.engine.reload(folder / "model", label)
+            async with self._sending if member.engine.takes_tensors else nullcontext():
+                with anyio.fail_after(UPDATE_S):
+                    await member.engine.wake()
+                    if adapter is not None:
+                        await member.engine.load_adapter(folder / "adapter", adapter)
+                    elif member.engine.takes_tensors:
+                        await member.engine.transfer(source, label)
+                    else:
+                        await member.engine.reload(folder / "model", label)
             with anyio.fail_after(PROOF_S):
                 await self._prove(member.engine, label, adapter, source)
             member.unproven = False

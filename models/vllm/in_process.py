@@ -19,7 +19,6 @@ import anyio.to_thread
 
 from envs.types import SamplingParams
 from errors import ProtegeError, SamplerError
-from models.device_thread import compute
 from models.types import WeightSource
 from models.vllm.engine import Answer, Outdated, Transient, Unreachable, checked_answer, sampling_params
 from models.vllm.orphans import Brood
@@ -175,17 +174,22 @@ class InProcessEngine:
 
     async def transfer(self, source: WeightSource, label: str) -> None:
         assert self.options.transfer is not None
-        self._sender = self._sender or Sender(self.options.transfer, self._call, asyncio.get_running_loop())
+        self._sender = self._sender or Sender(self.name, self.options.transfer, self._call_transfer)
         async with self._updated(label):
             try:
-                await compute(self._sender.send, source)
-            except (ProtegeError, Transient, TimeoutError):
+                await self._sender.send(source)
+            except BaseException:
+                self._sender = None
                 raise
-            except Exception as error:  # vLLM's half here, or the device
-                raise ProtegeError(
-                    f"{self.name}: the weights could not be handed over by {self.options.transfer} "
-                    f"({type(error).__name__}: {error}). The run can be resumed, also with sampler.handover=folder"
-                ) from error
+
+    async def _call_transfer(self, method: str, argument: Any = None) -> None:
+        base = _import("vllm.distributed.weight_transfer.base")
+        if argument is None:
+            await self._call(method)
+        elif method == "update_weights":
+            await self._call(method, base.WeightTransferUpdateRequest(argument))
+        else:
+            await self._call(method, base.WeightTransferInitRequest(argument))
 
     @asynccontextmanager
     async def _updated(self, label: str) -> AsyncIterator[None]:

@@ -24,6 +24,16 @@ UPDATABLE = f"VLLM_SERVER_DEV_MODE=1 {COMMAND}"
 
 
 @dataclass(frozen=True)
+class NewWeights:
+    """What a run is going to hand to its servers."""
+
+    dtype: str
+    lora_rank: int = 0
+    tied: bool = False  # the head is the embedding
+    transfer: str | None = None  # how tensors are handed over; None: in a folder
+
+
+@dataclass(frozen=True)
 class ServerFacts:
     url: str
     max_model_len: int
@@ -44,23 +54,16 @@ class Asked:
 
 
 async def check_servers(
-    asked: Asked,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    dtype: str,
-    lora_rank: int = 0,
-    tied: bool = False,
-    dry_run: bool = False,
+    asked: Asked, tokenizer: PreTrainedTokenizerBase, weights: NewWeights, *, dry_run: bool = False
 ) -> list[ServerFacts]:
-    """Of servers that a run hands weights to; `tied`: their head is their embedding. One that is paused is resumed,
-    unless it is a dry run. Raises `ConfigError` for the first that cannot sample for it."""
-    replaced = (dtype, lora_rank, tied)
-    return [await _Server(asked, url, tokenizer).check(replaced, dry_run=dry_run) for url in asked.urls]
+    """Of servers that a run hands weights to. One that is paused is resumed, unless it is a dry run. Raises
+    `ConfigError` for the first that cannot sample for it."""
+    return [await _Server(asked, url, tokenizer).check(weights, dry_run=dry_run) for url in asked.urls]
 
 
 async def check_serving(asked: Asked, tokenizer: PreTrainedTokenizerBase) -> list[ServerFacts]:
     """Of servers that are sampled from as they are. Raises `ConfigError` for the first that cannot."""
-    return [await _Server(asked, url, tokenizer).check(replaced=None) for url in asked.urls]
+    return [await _Server(asked, url, tokenizer).check(None) for url in asked.urls]
 
 
 class _Server:
@@ -72,14 +75,14 @@ class _Server:
         self._model = {} if asked.model is None else {"model": asked.model}
         self._tokenizer = tokenizer
 
-    async def check(self, replaced: tuple[str, int, bool] | None, *, dry_run: bool = False) -> ServerFacts:
-        """`replaced`: of the weights that it is going to get, number type, LoRA rank, whether they are tied."""
-        command = COMMAND if replaced is None else UPDATABLE
+    async def check(self, weights: NewWeights | None, *, dry_run: bool = False) -> ServerFacts:
+        """`weights`: that it is going to get; None: it keeps its own."""
+        command = COMMAND if weights is None else UPDATABLE
         await self._engine.open()
         try:
             await self._check_alive(command)
-            facts = await self._length() if replaced is None else await self._facts(*replaced)
-            if replaced is not None:
+            facts = await self._length() if weights is None else await self._facts(weights)
+            if weights is not None:
                 await self._resume(dry_run=dry_run)
             await self._check_tokenizer()
             await self._check_logprobs(command)
@@ -110,7 +113,7 @@ class _Server:
                 f"samples. Start one with: {COMMAND}"
             ) from error
 
-    async def _facts(self, dtype: str, lora_rank: int, tied: bool) -> ServerFacts:
+    async def _facts(self, weights: NewWeights) -> ServerFacts:
         answer = await self._engine.get("/server_info?config_format=json")
         if answer.status_code != 200:
             raise ConfigError(
@@ -125,15 +128,23 @@ class _Server:
             own, length = str(model["dtype"]).removeprefix("torch."), int(model["max_model_len"])
             on_cpu = "cpu" in str(info["vllm_config"].get("device_config"))
             repacks = EXTENSION in str(info["vllm_config"].get("parallel_config"))
-        except (ValueError, KeyError, TypeError) as error:
+            transfer = (info["vllm_config"].get("weight_transfer_config") or {}).get("backend")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{self._where}: its /server_info is not vLLM 0.32's ({error!r})") from error
-        if own != dtype:
+        if own != weights.dtype:
             raise ConfigError(
-                f"{self._where} computes in {own}, the student in {dtype}: their logprobs would differ by "
-                f"rounding alone. Start the server with --dtype {dtype}, or set dtype={own}"
+                f"{self._where} computes in {own}, the student in {weights.dtype}: their logprobs would differ by "
+                f"rounding alone. Start the server with --dtype {weights.dtype}, or set dtype={own}"
             )
-        takes = bool(lora_rank and lora and hot and int(lora["max_lora_rank"]) >= lora_rank)
-        if on_cpu and tied and not lora_rank and not repacks:
+        if weights.transfer is not None and transfer != weights.transfer:
+            flag = f'--weight-transfer-config \'{{"backend": "{weights.transfer}"}}\''
+            raise ConfigError(
+                f"{self._where} takes new weights by {transfer or 'no transfer'}, and sampler.handover is "
+                f"{weights.transfer}. Start it with {flag}, or leave sampler.handover out: it then reads a folder"
+            )
+        rank = weights.lora_rank
+        takes = bool(rank and lora and hot and int(lora["max_lora_rank"]) >= rank)
+        if on_cpu and weights.tied and not rank and not repacks:
             raise ConfigError(
                 f"{self._where} computes on a CPU, where vLLM keeps a copy of a head that is the embedding too, and a "
                 f"reload forgets it. Start it with --worker-extension-cls {EXTENSION}, and Protege installed beside it"

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,14 @@ from errors import ProtegeError, SamplerError
 from models import http_clients
 from models.types import WeightSource
 from models.vllm.engine import Answer, Outdated, Transient, Unreachable, read_answer, sampling_params
+from models.vllm.transfer import BACKENDS, Sender
 
 CONNECT_S = 10.0
 CONTROL_S = 30.0  # of a request that computes nothing
-UPDATE_S = 1800.0  # of a request that reads weights from a disk
+UPDATE_S = 1800.0  # of a request that takes new weights
+WORKERS_ANSWER = ("/collective_rpc", "/init_weight_transfer_engine", "/shutdown_weight_transfer_engine",
+                  "/start_weight_update", "/update_weights", "/finish_weight_update")  # fmt: skip
+"""500 from these is what a worker says, and no reason to ask again."""
 RESUME_PAUSES_S = (0.2, 1.0)  # after the first and the second try
 
 
@@ -31,9 +36,19 @@ class ServerEngine:
     """`Engine` behind a URL. How long a turn may take is its caller's to say. The token is sent, and never shown."""
 
     def __init__(
-        self, url: str, *, takes_adapters: bool = False, repacks: bool = False, token: str | None = None
+        self,
+        url: str,
+        *,
+        takes_adapters: bool = False,
+        repacks: bool = False,
+        token: str | None = None,
+        transfer: str | None = None,
     ) -> None:
+        """`transfer`: of `BACKENDS`, how tensors are handed over; None: in a folder."""
         self.name = url.rstrip("/")
+        self._transfer = transfer
+        self._sender: Sender | None = None
+        self._sent = ""  # label of the last weights that it has sent
         self._repacks = repacks  # has our worker extension
         self.takes_adapters = takes_adapters
         self._headers = http_clients.token_header(token)
@@ -41,7 +56,7 @@ class ServerEngine:
 
     @property
     def takes_tensors(self) -> bool:
-        return False
+        return self._transfer is not None
 
     async def open(self) -> None:
         # Servers close what has been idle for five seconds: a request must not be on its way then.
@@ -55,6 +70,7 @@ class ServerEngine:
         )
 
     async def close(self) -> None:
+        await self._disconnect()
         if self._client is not None:
             await self._client.aclose()
             self._client = None
@@ -87,16 +103,63 @@ class ServerEngine:
         return str(_json_of(self.name, answer).get("weight_version"))
 
     async def reload(self, folder: Path, label: str) -> None:
-        await self._order("/pause", params={"mode": "keep", "clear_cache": "true"})
-        try:
+        async with self._updated(label):
             rpc = {"method": "reload_weights", "kwargs": {"weights_path": str(folder.absolute())}}
             await self._order("/collective_rpc", timeout_s=UPDATE_S, json=rpc)
+
+    async def transfer(self, source: WeightSource, label: str) -> None:
+        assert self._transfer is not None
+        async with self._updated(label):
+            try:
+                if self._sender is None or await self.label() != self._sent:  # none, or another one since then
+                    self._sender = await self._connect(self._transfer)
+                await self._sender.send(source)
+                self._sent = label
+            except BaseException:
+                await self._disconnect()
+                raise
+
+    async def _connect(self, backend: str) -> Sender:
+        await self._disconnect()
+        if (await self._ask("POST", "/shutdown_weight_transfer_engine", CONTROL_S)).status_code != 200:
+            # A run that was killed has left it in the midst of an update. What that had sent is replaced now.
+            await self._order("/finish_weight_update", timeout_s=UPDATE_S)
+            await self._order("/shutdown_weight_transfer_engine")
+        meeting: dict[str, Any] = {}
+        if BACKENDS[backend].meets:
+            found = _json_of(self.name, await self._ask("GET", "/get_world_size", CONTROL_S))
+            try:
+                address, port = http_clients.own_place(self.name)
+                meeting = {"master_address": address, "master_port": port, "world_size": 1 + int(found["world_size"])}
+            except (OSError, KeyError, TypeError, ValueError) as error:
+                raise ProtegeError(f"{self.name} and this machine cannot meet for {backend}: {error!r}") from error
+        return Sender(self.name, backend, self._call_transfer, **meeting)
+
+    async def _disconnect(self) -> None:
+        sender, self._sender = self._sender, None
+        if sender is not None:
+            with anyio.CancelScope(shield=True):
+                await sender.close()
+
+    async def _call_transfer(self, method: str, argument: Any = None) -> None:
+        key = {"init_weight_transfer_engine": "init_info", "update_weights": "update_info"}.get(method)
+        body = {} if key is None else {"json": {key: argument}}
+        await self._order(f"/{method}", timeout_s=UPDATE_S, **body)
+
+    @asynccontextmanager
+    async def _updated(self, label: str) -> AsyncIterator[None]:
+        """For as long as new weights take: requests wait where they are, and no prefix is kept."""
+        await self._order("/pause", params={"mode": "keep", "clear_cache": "true"})
+        try:
+            yield
             if self._repacks:
                 await self._order("/collective_rpc", timeout_s=UPDATE_S, json={"method": "repack_heads"})
             await self._order("/update_weight_version", json={"new_version": label})
-        except BaseException:
+        except BaseException as error:
             with anyio.move_on_after(CONTROL_S, shield=True), contextlib.suppress(ProtegeError, Transient):
                 await self._resume()
+            if isinstance(error, ProtegeError):
+                await self.check_alive()  # where it is dead, that is why
             raise
         await self._resume()
 
@@ -108,9 +171,6 @@ class ServerEngine:
             except Transient:
                 await anyio.sleep(pause_s)
         await self._order("/resume")
-
-    async def transfer(self, source: WeightSource, label: str) -> None:
-        raise AssertionError("a server reads a folder")
 
     async def load_adapter(self, folder: Path, name: str) -> None:
         adapter = {"lora_name": name, "lora_path": str(folder.absolute())}
@@ -146,6 +206,8 @@ class ServerEngine:
         """Raises `Unreachable` if nothing comes back, `Transient` for a server that is not itself."""
         assert self._client is not None, "open it first"
         timeout = httpx2.Timeout(None if timeout_s == math.inf else timeout_s, connect=CONNECT_S)
+        if path in WORKERS_ANSWER:  # vLLM's server breaks a connection off after an error there, and says so to nobody
+            request["headers"] = {"Connection": "close"}
         try:
             with anyio.fail_after(timeout_s):  # httpx's own are of single reads
                 answer = await self._client.request(method, path, timeout=timeout, **request)
@@ -155,7 +217,7 @@ class ServerEngine:
             raise Unreachable(f"{self.name} did not answer in time ({type(error).__name__})") from error
         except httpx2.HTTPError as error:
             raise Unreachable(f"{self.name} cannot be reached ({type(error).__name__}: {error})") from error
-        if answer.status_code in (429, 500, 502, 503, 504) and path != "/collective_rpc":
+        if answer.status_code in (429, 500, 502, 503, 504) and path not in WORKERS_ANSWER:
             raise Transient(f"{self.name} failed: {reason_of(answer)}")
         return answer
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -64,13 +65,16 @@ class TrainerInfo(TrainerInitInfo):
 
 class Trainer(TrainerWeightTransferEngine[TrainerInfo]):
     init_info_cls = TrainerInfo
+    made: ClassVar[list[Trainer]] = []
     sent: ClassVar[list[list[str]]] = []  # names, of every update
+    before_part: ClassVar[Callable[[int], None]] = staticmethod(lambda part: None)
     fault: ClassVar[str | None] = None  # lost: the file is gone; silent: nothing is sent
 
     @classmethod
     def trainer_init(cls, init_info: TrainerInfo, *, client: Any, source: Any = None) -> Trainer:
         client.init_weight_transfer_engine({"greeting": "hello"})
-        return cls(client=client, source=source)
+        cls.made.append(cls(client=client, source=source))
+        return cls.made[-1]
 
     def send_weights(self) -> None:
         assert self.source is not None
@@ -79,7 +83,8 @@ class Trainer(TrainerWeightTransferEngine[TrainerInfo]):
         if self.fault == "silent":
             return
         self.client.start_weight_update()
-        for start in range(0, len(tensors), AT_A_TIME):
+        for part, start in enumerate(range(0, len(tensors), AT_A_TIME)):
+            self.before_part(part)
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder) / "part.safetensors"
                 if self.fault != "lost":

