@@ -26,7 +26,12 @@ TOKEN = "correct-horse-battery-staple"
 
 
 def served(
-    lm: CausalLM, name: str = "t", *, weights: str = "w", load: Callable[[], CausalLM] | None = None
+    lm: CausalLM,
+    name: str = "t",
+    *,
+    weights: str = "w",
+    load: Callable[[], CausalLM] | None = None,
+    token_budget: int = 24,
 ) -> ServedModel:
     """A model in memory as one that is loaded on demand."""
     info = ModelInfo(
@@ -38,7 +43,7 @@ def served(
         hidden_size=lm.model.config.hidden_size,
         dtype="float32",
     )
-    return ServedModel(info, Checkpoint(load or (lambda: lm), token_budget=24))
+    return ServedModel(info, Checkpoint(load or (lambda: lm), token_budget=token_budget))
 
 
 @dataclass
