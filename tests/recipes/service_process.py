@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import re
@@ -30,6 +31,7 @@ ENDS_IN_S = 60  # far more than it takes, far less than what is computed where t
 
 def child(argv: list[str], output: str, hook: str, work_s: float) -> None:
     """`python -m recipes.serve_teacher argv…`, both streams to a file; `hook` names what is slow, or sends a signal."""
+    gc.freeze()  # what the server imported stays: it is not looked at, and so not copied
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)

@@ -7,6 +7,7 @@ everything already, so that a run which is killed twenty times costs no imports.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import multiprocessing
@@ -142,6 +143,7 @@ def start(
 def _child(
     argv: list[str], output: str, interrupt: tuple[str, int] | None, recipe: str, first: Callable[[], None] | None
 ) -> None:
+    gc.freeze()  # what the server imported stays: it is not looked at, and so not copied
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started deaf to Ctrl-C
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
