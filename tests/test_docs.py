@@ -171,11 +171,13 @@ def shrunk(text: str) -> str:
 
 def overrides(module: ModuleType, argv: list[str]) -> list[str]:
     small: dict[str, Any] = {"device": "cpu"}
+    if module in (evaluate, on_policy_distillation, on_policy_multi_teacher, off_policy_reasoning):
+        small |= {"max_tokens": 8}
     if module in (evaluate, on_policy_distillation):
         small |= {"eval_size": 8, "sampler_slots": 8}
     if module is on_policy_distillation:
         small |= {"groups_per_batch": 4, "eval_every": 0, "eval_teacher": False}
-    if module is capture_teacher:
+    if module in (on_policy_distillation, capture_teacher):
         small |= {"max_rows": 40}
     if module is on_policy_multi_teacher:
         entries = {re.match(r"datasets\.\d+\.", pair)[0] for pair in argv if pair.startswith("datasets.")}  # type: ignore[index]
@@ -267,18 +269,29 @@ def sources() -> dict[str, str]:
 
 
 @cache
+def trees() -> dict[str, ast.Module]:
+    return {path: ast.parse(text) for path, text in sources().items()}
+
+
+@cache
 def everything() -> str:
     return "\n".join([*sources().values(), *((ROOT / name).read_text() for name in ("Makefile", "pyproject.toml"))])
+
+
+@cache
+def all_words() -> set[str]:
+    return set(re.findall(r"\w+", everything()))
 
 
 @cache
 def definitions() -> dict[str, list[tuple[str, str]]]:
     """Of every class and function: the files that define it, and what stands in it."""
     found: dict[str, list[tuple[str, str]]] = {}
-    for path, text in sources().items():
-        for node in ast.parse(text).body:
+    for path, tree in trees().items():
+        lines = sources()[path].splitlines()
+        for node in tree.body:
             if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                found.setdefault(node.name, []).append((path, ast.get_source_segment(text, node) or ""))
+                found.setdefault(node.name, []).append((path, "\n".join(lines[node.lineno - 1 : node.end_lineno])))
     return found
 
 
@@ -345,7 +358,7 @@ def span_problem(span: str) -> str | None:
     if re.fullmatch(r"\w+(\.\w+)+", name) and Path(name).suffix not in (".json", ".jsonl", ".html", ".gguf"):
         return dotted_problem(name)
     if re.fullmatch(r"\w+", name):
-        return None if is_word(name, everything()) else f"{name}: found nowhere"
+        return None if name in all_words() else f"{name}: found nowhere"
     return None if name in everything() or "-" in name else f"{name}: found nowhere"
 
 
@@ -378,8 +391,8 @@ def layer(module: str) -> int | None:
     return LAYERS.index(name) if name in LAYERS else None
 
 
-def imports_of(text: str) -> set[str]:
-    nodes = list(ast.walk(ast.parse(text)))
+def imports_of(path: str) -> set[str]:
+    nodes = list(ast.walk(trees()[path]))
     plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     return plain | {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
 
@@ -387,16 +400,17 @@ def imports_of(text: str) -> set[str]:
 def test_nothing_imports_upwards_but_for_the_sampler_protocol():
     upwards = [
         (path, module)
-        for path, text in sources().items()
-        for module in sorted(imports_of(text))
-        if (own := layer(path)) is not None and (other := layer(module)) is not None and other > own
+        for path in sources()
+        if (own := layer(path)) is not None
+        for module in sorted(imports_of(path))
+        if (other := layer(module)) is not None and other > own
     ]
     assert upwards == [("envs/rollout.py", "models.types")]
 
 
 @pytest.mark.parametrize("path", ["models/attention.py", "models/causal_lm.py", "models/generation.py"])
 def test_the_engine_room_knows_nothing_of_episodes(path: str):
-    assert not any(module.startswith("envs") for module in imports_of(sources()[path]))
+    assert not any(module.startswith("envs") for module in imports_of(path))
 
 
 # --- the checks themselves
