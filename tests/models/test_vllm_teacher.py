@@ -21,7 +21,7 @@ from models.vllm.scorer import VllmScorer
 from recipes.embedded import char_tokenizer
 from tests.models import tiny, vllm_server
 from tests.models.conformance import ScorerEngine, ScorerSuite
-from tests.recipes.tiny_models import REVERSE_KL, evaluation_rows, make_model, run, training_rows
+from tests.recipes.tiny_models import EVALUATED, REVERSE_KL, evaluation_rows, make_model, run, training_rows
 
 pytestmark = pytest.mark.vllm
 
@@ -102,7 +102,7 @@ def test_a_prompt_in_the_prefix_cache_is_scored_anew(server: vllm_server.Server,
 def test_a_run_has_the_kl_curve_of_the_teacher_in_this_process(
     tmp_path: Path, student: str, teacher: str, server: vllm_server.Server, objective: dict[str, Any]
 ):
-    options = {"max_steps": 4, **objective}
+    options = {"max_steps": 4, **EVALUATED, **objective}
     local = run(tmp_path / "local", {"model_name": student, "teacher_model": teacher}, **options)
     remote = run(tmp_path / "remote", {"model_name": student}, **{"teacher.url": server.url, **options})
     for ours, theirs in zip(training_rows(local), training_rows(remote), strict=True):

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -115,12 +116,26 @@ def test_options_that_make_no_sense(case: str, capfd: pytest.CaptureFixture[str]
     assert_refused(capfd, tmp_path, tiny_models.argv(tmp_path / "run", models, **options), *parts)
 
 
+TYPO = "error: unknown option groups_per_bach. Did you mean groups_per_batch?\n--help lists every option\n"
+
+
+def test_as_a_program(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, models: Models, monkeypatch: pytest.MonkeyPatch
+):
+    argv = tiny_models.argv(tmp_path / "run", models, groups_per_bach=1)
+    monkeypatch.setattr(sys, "argv", ["recipes/on_policy_distillation.py", *argv])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(on_policy_distillation.__file__, run_name="__main__")
+    assert (exit.value.code, *capfd.readouterr()) == (2, "", TYPO)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 def test_in_a_process_of_its_own(tmp_path: Path, models: Models):
     command = [sys.executable, "-m", "recipes.on_policy_distillation"]
     argv = tiny_models.argv(tmp_path / "run", models, groups_per_bach=1)
     done = subprocess.run([*command, *argv], cwd=tiny_models.ROOT, capture_output=True, text=True)
-    expected = "error: unknown option groups_per_bach. Did you mean groups_per_batch?\n--help lists every option\n"
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", TYPO)
     assert not (tmp_path / "run").exists()
 
 
@@ -180,7 +195,9 @@ def test_a_file_without_rows_or_with_fewer_than_are_held_out(
     empty = write(tmp_path / "empty.jsonl", "")
     assert_refused(capfd, tmp_path, tiny_models.argv(tmp_path / "run", models, dataset=empty), "has no rows")
     one = write(tmp_path / "one.jsonl", GOOD)
-    assert_refused(capfd, tmp_path, tiny_models.argv(tmp_path / "run", models, dataset=one), "lower eval_size")
+    assert_refused(
+        capfd, tmp_path, tiny_models.argv(tmp_path / "run", models, dataset=one, eval_size=1), "lower eval_size"
+    )
 
 
 @pytest.mark.parametrize("side", ["messages", "teacher_messages", "system_prompt", "teacher_system_prompt"])

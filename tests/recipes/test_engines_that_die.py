@@ -21,7 +21,7 @@ from models.vllm.sampler import VLLMSampler, Waits
 from recipes import on_policy_distillation, samplers
 from recipes.cli import run_cli
 
-OPTIONS: dict[str, Any] = {"objective": "jsd", "max_steps": 4, "eval_size": 8, "save_every": 1, "learning_rate": 3e-2}
+OPTIONS: dict[str, Any] = {"objective": "jsd", "max_steps": 4, "save_every": 1, "learning_rate": 3e-2}
 QUICK = Waits(patience_s=0.2, look_every_s=0.05)
 
 
@@ -88,9 +88,10 @@ def on(*engines: CopyEngine) -> Any:
 
 
 def test_a_run_on_a_copy_learns_as_on_the_learners_own_weights(tmp_path: Path, models: dict[str, str]):
-    own = tiny_models.run(tmp_path / "own", models, **OPTIONS)
+    options = {**OPTIONS, "eval_size": 8}
+    own = tiny_models.run(tmp_path / "own", models, **options)
     with on(CopyEngine("copy")):
-        copy = tiny_models.run(tmp_path / "copy", models, **OPTIONS)
+        copy = tiny_models.run(tmp_path / "copy", models, **options)
     fell = [[row["eval/exact_reverse_kl"] for row in evaluation_rows(run)] for run in (own, copy)]
     assert fell[1][1] < 0.95 * fell[1][0]
     assert fell[1][1] == pytest.approx(fell[0][1], rel=0.3)
@@ -103,7 +104,7 @@ def test_a_run_on_a_copy_learns_as_on_the_learners_own_weights(tmp_path: Path, m
 def test_a_run_goes_on_when_one_of_two_engines_dies(tmp_path: Path, models: dict[str, str]):
     dying, other = CopyEngine("a", dies_after=9), CopyEngine("b")
     with on(dying, other):
-        run = tiny_models.run(tmp_path / "run", models, **OPTIONS)
+        run = tiny_models.run(tmp_path / "run", models, **OPTIONS, eval_size=8)
     assert dying.answered == 9 and other.answered > 9
     rows = training_rows(run)
     assert len(rows) == OPTIONS["max_steps"]
@@ -121,7 +122,7 @@ def test_without_an_engine_a_run_ends_with_one_error_and_the_same_command_goes_o
             run_cli(recipe.main, recipe.Config, presets=recipe.presets, argv=command)
         return ended.value.code
 
-    with on(CopyEngine("a", dies_after=29)):
+    with on(CopyEngine("a", dies_after=13)):
         assert repeat() == 1
     errors = capsys.readouterr().err
     assert errors.count("no engine is left") == 1 and "a is gone" in errors and "last checkpoint" in errors

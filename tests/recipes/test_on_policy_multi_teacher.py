@@ -113,7 +113,10 @@ def test_a_dataset_s_weight_is_on_its_tokens_losses(tmp_path: Path, student: str
 
 
 def test_datasets_are_drawn_from_one_by_one_until_the_largest_ends(tmp_path: Path, student: str, teacher: str):
-    data = arithmetic("large", teacher, rows=10, groups=3), arithmetic("small", teacher, rows=4, groups=3)
+    data = [
+        arithmetic("large", teacher, rows=10, groups=3, eval_size=0),
+        arithmetic("small", teacher, rows=4, groups=3, eval_size=0),
+    ]
     path = run(tmp_path / "run", student, *data, max_steps="None")
     rows = training_rows(path)
     assert len(rows) == 4  # 10 rows by threes
@@ -126,16 +129,14 @@ def test_datasets_are_drawn_from_one_by_one_until_the_largest_ends(tmp_path: Pat
 
 def test_two_routes_to_one_checkpoint_are_one_teacher_to_the_bit(tmp_path: Path, student: str, teacher: str):
     copy = shutil.copytree(teacher, tmp_path / "copy")
+    first, second = arithmetic("one", teacher, eval_size=0), arithmetic("two", "", eval_size=0)
     with tiny_models.captured_engines() as engines:
         routes: list[dict[str, Any]] = [
             {"teacher_model": teacher},
             {"teacher_model": copy},
             {"teacher_model": teacher, "teacher_checkpoint": copy},
         ]
-        runs = [
-            run(tmp_path / f"run{i}", student, arithmetic("one", teacher), {**arithmetic("two", ""), **route})
-            for i, route in enumerate(routes)
-        ]
+        runs = [run(tmp_path / f"run{i}", student, first, {**second, **route}) for i, route in enumerate(routes)]
     for parts in engines:
         assert len({id(lm) for lm in parts.teacher_lms.values()}) == 1
         assert len({id(t.scorer) for t in parts.teachers.values()}) == 1
@@ -146,7 +147,10 @@ def test_two_routes_to_one_checkpoint_are_one_teacher_to_the_bit(tmp_path: Path,
 
 
 def test_a_lora_student_shares_its_base_with_a_teacher_beside_another(tmp_path: Path, student: str, teacher: str):
-    data = arithmetic("self", student, teacher_system_prompt="add"), arithmetic("other", teacher)
+    data = [
+        arithmetic("self", student, teacher_system_prompt="add", eval_size=0),
+        arithmetic("other", teacher, eval_size=0),
+    ]
     with tiny_models.captured_engines() as engines:
         path = run(tmp_path / "run", student, *data, lora_rank=2, objective="jsd")
     (parts,) = engines
@@ -184,7 +188,10 @@ def test_rows_that_name_no_teacher_go_to_their_dataset_s(tmp_path: Path, student
 
 
 def test_one_model_may_read_in_two_ways(tmp_path: Path, student: str, teacher: str):
-    data = arithmetic("plain", teacher), arithmetic("hinted", teacher, teacher_system_prompt="12+34=46")
+    data = [
+        arithmetic("plain", teacher, eval_size=0),
+        arithmetic("hinted", teacher, teacher_system_prompt="12+34=46", eval_size=0),
+    ]
     with tiny_models.captured_engines() as engines:
         path = run(tmp_path / "run", student, *data, max_steps=1)
     assert engines[0].teacher_lms.keys() == {teacher, f"{teacher} (hinted)"}

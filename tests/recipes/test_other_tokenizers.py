@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from tiny_models import episodes, evaluation_rows, run, training_rows
+from tiny_models import EVALUATED, episodes, evaluation_rows, run, training_rows
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -46,7 +46,7 @@ BYTES = {"objective": "reverse_kl", "teacher_alignment": "bytes"}
 
 
 def test_a_run_is_judged_by_what_the_text_is_worth_to_the_teacher(tmp_path: Path, pair: dict[str, str]):
-    path = run(tmp_path / "run", pair, **BYTES, groups_per_batch=8, group_size=2)
+    path = run(tmp_path / "run", pair, **BYTES, **EVALUATED, groups_per_batch=8, group_size=2)
     teacher: Any = AutoModelForCausalLM.from_pretrained(pair["teacher_model"], attn_implementation="eager")
     theirs: Any = AutoTokenizer.from_pretrained(pair["teacher_model"])
     whole = 0

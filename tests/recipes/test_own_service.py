@@ -50,9 +50,9 @@ def served(service: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     [
         REVERSE_KL,
         {**JSD, "beta": 0.5},
-        {**JSD, "support": "student_topk", "top_k": 5},
+        pytest.param({**JSD, "support": "student_topk", "top_k": 5}, marks=pytest.mark.slow),
         {**JSD, "support": "teacher_topk", "top_k": 5, "temperature": 0.7},
-        {"objective": "topk_forward_kl", "top_k": 5},
+        pytest.param({"objective": "topk_forward_kl", "top_k": 5}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

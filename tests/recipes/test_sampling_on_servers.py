@@ -68,7 +68,7 @@ def test_an_evaluation_is_of_the_model_that_was_named_whatever_the_server_had(
         tmp_path / "run",
         {"model_name": student, "teacher_model": teacher},
         lora_rank=2,
-        max_steps=6,
+        max_steps=3,
         eval_size=0,
         learning_rate=0.1,
     )

@@ -22,7 +22,7 @@ from test_harbor_recipes import sandboxes, tool_models  # noqa: F401 (fixtures)
 from test_on_policy_multi_teacher import arithmetic, second  # noqa: F401 (second is a fixture)
 from test_other_tokenizers import BYTES, pair  # noqa: F401 (pair is a fixture)
 from test_own_service import models_of
-from tiny_models import REVERSE_KL, captured_engines, evaluation_rows, run, training_rows
+from tiny_models import EVALUATED, REVERSE_KL, captured_engines, evaluation_rows, run, training_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))  # the service that its own tests use
@@ -133,7 +133,7 @@ def test_a_blend_of_a_plain_server_and_our_own(tmp_path: Path, student: str, sec
 
 
 def test_bytes_are_compared_with_a_served_teacher_too(tmp_path: Path, pair: dict[str, str]):
-    options = {**BYTES, "group_size": 2, "max_steps": 1}
+    options = {**BYTES, **EVALUATED, "group_size": 2, "max_steps": 1}
     near = run(tmp_path / "near", pair, **options)
     with running(*models_of(pair["teacher_model"])) as service:
         far = run(tmp_path / "far", pair, **options, **own(service, pair["teacher_model"]))
@@ -264,10 +264,10 @@ def test_a_teacher_whose_head_cannot_be_sent_serves_what_needs_none(
         raise ModelError("Strange: the head does more than a linear layer")
 
     monkeypatch.setattr(hosting, "take_head", no_head)
-    local = run(tmp_path / "near", models, **REVERSE_KL)
+    local = run(tmp_path / "near", models, max_steps=1, **REVERSE_KL)
     with running(*models_of(teacher)) as service, caplog.at_level(logging.WARNING):
         given = own(service, teacher)
-        path = run(tmp_path / "far", models, **given, **REVERSE_KL)
+        path = run(tmp_path / "far", models, max_steps=1, **given, **EVALUATED, **REVERSE_KL)
         same_kl(local, path)
         (said,) = [record.getMessage() for record in caplog.records if "whole distributions" in record.getMessage()]
         assert "Strange: the head does more" in said and "KL of sampled tokens" in said

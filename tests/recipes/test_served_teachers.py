@@ -19,7 +19,7 @@ from recipes.cli import parse_config
 from tests.models.scripted_teacher import ScriptedTeacher
 from tests.models.tiny import plain_logits
 from tests.recipes import tiny_models
-from tests.recipes.tiny_models import REVERSE_KL, captured_engines, no_report, run, training_rows, weights
+from tests.recipes.tiny_models import EVALUATED, REVERSE_KL, captured_engines, no_report, run, training_rows, weights
 
 Models = dict[str, str]
 TOP_K = {"objective": "topk_forward_kl", "top_k": 5}
@@ -69,6 +69,7 @@ def assert_same_run(first: Path, second: Path) -> None:
 def test_a_run_is_the_one_with_the_teacher_in_this_process(
     tmp_path: Path, models: Models, server: ScriptedTeacher, objective: dict[str, Any]
 ):
+    objective = {**objective, **EVALUATED}
     local = run(tmp_path / "local", models, **objective)
     with captured_engines() as engines:
         remote = served(tmp_path / "remote", models["model_name"], server, **objective)
@@ -81,7 +82,7 @@ def test_a_run_is_the_one_with_the_teacher_in_this_process(
 
 
 def test_the_sampled_kl_is_called_so(tmp_path: Path, student: str, server: ScriptedTeacher, capsys):
-    served(tmp_path / "run", student, server, **REVERSE_KL)
+    served(tmp_path / "run", student, server, max_steps=1, **EVALUATED, **REVERSE_KL)
     out = capsys.readouterr().out
     assert "sampled reverse KL per token:" in out and "exact" not in out
 
