@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,9 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from errors import ConfigError, ModelError
-from models.sources import ModelSource, check_checkpoint, explained, is_adapter, read_config, some
+from models.sources import ModelSource, check_checkpoint, explained, is_adapter, read_config, some, where_from
+
+_log = logging.getLogger(__name__)
 
 DEFAULT_LORA_ALPHA = 32.0  # constant in the rank, so that one learning rate serves all ranks (Tinker's choice)
 
@@ -124,6 +128,60 @@ def adapter_bytes(source: ModelSource) -> int | None:
         shapes = {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118 (no mapping)
     plain = all(key.startswith(inside) and key.endswith(("lora_A.weight", "lora_B.weight")) for key in shapes)
     return 4 * sum(math.prod(shape) for shape in shapes.values()) if plain else None
+
+
+# ---- the base that an adapter was made for
+
+
+def check_base(source: ModelSource) -> None:
+    """Compares an adapter's own base, as its configuration names it, with the model that it is to lie on.
+
+    Raises ModelError if both are folders here and their weights differ, for only shapes would tell later. Where that
+    cannot be seen, another name is a warning: a hub id may well be a folder."""
+    if source.checkpoint is None or not is_adapter(source.checkpoint):
+        return
+    own, given = read_adapter_config(source.checkpoint).base_model_name_or_path, where_from(source.name)[0]
+    if not own or own == given:
+        return
+    same = None
+    if Path(own).is_absolute():  # a relative one began elsewhere
+        same = _same_weights(Path(own), Path(given).expanduser())
+    if same is False:
+        raise ModelError(
+            f"adapter {source.checkpoint} was made for {own}, whose weights are not those of {source.name}: give that "
+            "model. If the adapter is meant for this one all the same, say so in its adapter_config.json, "
+            "base_model_name_or_path"
+        )
+    if same is None and Path(own).name != Path(given).name:
+        _log.warning(
+            "adapter %s was made for %s; it was not checked that %s is the same", source.checkpoint, own, given
+        )
+
+
+def _same_weights(one: Path, other: Path) -> bool | None:
+    """By the first row of every tensor; None if there is nothing to compare, as between number types."""
+    compared = False
+    with ExitStack() as stack:
+        ours, theirs = (_tensors(folder, stack) for folder in (one, other))
+        for name in ours.keys() & theirs.keys():
+            a, b = (file[name].get_slice(name) for file in (ours, theirs))
+            if a.get_shape() != b.get_shape():
+                return False
+            if a.get_dtype() == b.get_dtype() and a.get_shape():
+                compared = True
+                if not torch.equal(a[:1], b[:1]):
+                    return False
+    return True if compared else None
+
+
+def _tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
+    """By the name of each tensor in a folder's safetensors, the open file that has it."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
+        with explained("weights", str(folder)):
+            file = stack.enter_context(safe_open(path, framework="pt"))
+            found |= dict.fromkeys(file.keys(), file)
+    return found
 
 
 def lora_config(model: PreTrainedModel, rank: int, alpha: float | None) -> LoraConfig:

@@ -25,6 +25,7 @@ import torch
 from envs.rendering import tokenizer_fingerprint
 from errors import ConfigError, ModelError
 from models import attention
+from models.adapters import check_base
 from models.causal_lm import CausalLM
 from models.checks import default_device
 from models.cpu_matmul import use_fast_exact_matmul
@@ -169,6 +170,7 @@ def served_models(config: Config) -> list[ServedModel]:
     made = []
     for options in config.all_models():
         source = ModelSource(embedded.resolve(options.model_name), options.checkpoint)
+        check_base(source)
         model_config = load_config(source)
         text = model_config.get_text_config()
         weights = weights_fingerprint(source)

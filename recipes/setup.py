@@ -21,7 +21,7 @@ from envs.prompt_only import PromptOnlyGroupBuilder
 from envs.rendering import Renderer
 from errors import ConfigError, DataError, ModelError
 from models import attention
-from models.adapters import adapter_bytes, add_lora, attach_adapter
+from models.adapters import adapter_bytes, add_lora, attach_adapter, check_base
 from models.causal_lm import CausalLM
 from models.checks import default_device
 from models.cpu_matmul import use_fast_exact_matmul
@@ -108,6 +108,9 @@ def check_models(config: StudentConfig, *, tools: bool = False) -> CheckedModels
     if adapter is not None and any(spec.ema_decay is not None for spec in specs):
         _check_can_be_averaged(ModelSource(student.name, adapter))
     teachers = {spec.name: check_teacher(config, spec, student_renderer, tools=tools) for spec in specs}
+    read = [ModelSource(student.name, adapter) if adapter else student, *(t.source for t in teachers.values())]
+    for source in dict.fromkeys(read):
+        check_base(source)
     blends = config.blends()
     for name, weights in blends.items():
         if foreign := next((member for member in weights if teachers[member].report.by_bytes), None):

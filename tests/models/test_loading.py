@@ -23,7 +23,7 @@ from transformers import (
 from errors import ConfigError, ModelError
 from models import loading
 from models import sources as model_sources
-from models.adapters import add_lora
+from models.adapters import add_lora, check_base
 from models.loading import load_config, load_model, load_tokenizer
 from models.sources import ModelSource, check_source, source_fingerprint
 
@@ -248,6 +248,65 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path: Path):
     save_file(weights, tmp_path / "a" / "adapter_model.safetensors")
     with pytest.raises(ModelError, match=r"lacks .*layers\.0\.mlp\.up_proj\.lora_B"):
         load(tmp_path / "base", adapter)
+
+
+def based_on(base: object, adapter: Path, copy: Path) -> str:
+    """A copy of an adapter that says it was made for `base`."""
+    shutil.copytree(adapter, copy)
+    config = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+    return str(copy)
+
+
+def test_an_adapter_of_other_weights_is_refused_though_its_shapes_fit(tmp_path: Path):
+    for name, seed in (("base", 0), ("other", 1)):
+        make_folder(tmp_path / name, seed=seed)
+    trained_adapter(tmp_path / "base", tmp_path / "a")
+    check_base(ModelSource(str(tmp_path / "base"), str(tmp_path / "a")))
+    with pytest.raises(ModelError, match=f"made for {tmp_path}/base, whose weights are not those of {tmp_path}/other"):
+        check_base(ModelSource(str(tmp_path / "other"), str(tmp_path / "a")))
+    mended = based_on(tmp_path / "other", tmp_path / "a", tmp_path / "mended")
+    check_base(ModelSource(str(tmp_path / "other"), mended))
+
+
+def test_one_trained_matrix_makes_another_base_and_another_path_or_format_none(tmp_path: Path, caplog):
+    make_folder(tmp_path / "base")
+    trained_adapter(tmp_path / "base", tmp_path / "a")
+    adapter = str(tmp_path / "a")
+    copy = Path(shutil.copytree(tmp_path / "base", tmp_path / "copy"))
+    (copy / "generation_config.json").write_text("{}")
+    load(tmp_path / "base").save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    shutil.copy(tmp_path / "base" / "tokenizer.json", tmp_path / "sharded")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    load(tmp_path / "base", dtype=torch.bfloat16).save_pretrained(tmp_path / "elsewhere" / "base")
+    shutil.copy(tmp_path / "base" / "tokenizer.json", tmp_path / "elsewhere" / "base")
+    for same in (copy, tmp_path / "sharded", tmp_path / "elsewhere" / "base"):
+        check_base(ModelSource(str(same), adapter))
+    assert not caplog.records
+    tensors = weights_of(copy)
+    tensors["model.layers.1.mlp.up_proj.weight"] += 1e-3
+    write_weights(copy, tensors)
+    with pytest.raises(ModelError, match="whose weights are not those of"):
+        check_base(ModelSource(str(copy), adapter))
+
+
+@pytest.mark.parametrize(
+    ("own", "warns"),
+    [
+        ("hub/base", False),
+        ("/gone/base", False),
+        ("base", False),
+        ("", False),
+        ("hub/another", True),
+        ("other", True),
+    ],
+)
+def test_a_base_that_is_not_here_is_known_by_its_name(own: str, warns: bool, tmp_path: Path, caplog):
+    make_folder(tmp_path / "base")
+    trained_adapter(tmp_path / "base", tmp_path / "a")
+    adapter = based_on(own, tmp_path / "a", tmp_path / "b")
+    check_base(ModelSource(str(tmp_path / "base"), adapter))
+    assert [f"was made for {own}" in record.message for record in caplog.records] == [True] * warns
 
 
 # ---- what is refused
