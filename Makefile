@@ -28,7 +28,7 @@ bench: $(STAMP)  ## speed and memory against TRL, on this machine
 	$(BIN)/python -m benchmarks.side_by_side
 
 $(STAMP): pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -c 'import sys; assert (3, 11) <= sys.version_info[:2] < (3, 14), "Protege needs Python 3.11 to 3.13, this is " + sys.version.split()[0] + "; set PYTHON=python3.12"'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@

@@ -16,6 +16,7 @@ import difflib
 import hashlib
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -81,7 +82,9 @@ def _encodable(text: str) -> str:
 
 
 def _number_as_text(value: Any) -> Any:
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+    if isinstance(value, bool):
+        return value
+    return str(value) if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)) else value
 
 
 Text = Annotated[str, AfterValidator(_encodable)]
@@ -208,7 +211,7 @@ def read_jsonl(path: str | Path, to_contract: Callable[[Record], Record | None] 
             record = to_contract(obj) if to_contract and isinstance(obj, dict) else obj
         except ValueError as error:
             raise DataError(f"{where}: {error}") from None
-        if record is None:
+        if record is None and isinstance(obj, dict):
             left_out += 1
             continue
         row = parse_row(record, where, default_id=f"{path.stem}:{line}")
@@ -250,7 +253,7 @@ def _parse_line(raw: bytes, line: int, where: str) -> Any:
         value = json.loads(text)
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 (byte {error.start + 1} of the line)") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # Python reads no whole number of thousands of digits either
         hint = "; is the file one JSON array? Write one object per line" if raw.lstrip()[:1] == b"[" else ""
         raise DataError(f"{where}: not JSON: {error}{hint}") from None
     return value

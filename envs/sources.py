@@ -189,7 +189,7 @@ def locate(dataset: str, dataset_path: str | None) -> tuple[str, Source | None, 
     if path.suffix in JSONL_SUFFIXES or "/" in dataset:
         raise DataError(f"dataset={dataset}: no such file")
     near = difflib.get_close_matches(dataset, NAMES, n=1)
-    guess = f"; did you mean {near[0]!r}?" if near else ""
+    guess = f"; did you mean {near[0]!r}?" if near else "."
     raise DataError(
         f"dataset={dataset!r} is not known{guess} Expected one of {', '.join(NAMES)}, or the path of a JSONL file"
     )

@@ -138,7 +138,7 @@ def common_temperature(sampling: float, teachers: Mapping[str, float | None]) ->
     Logprobs at unlike temperatures are of different distributions: their gap is not a KL. Raises `ConfigError`.
     """
     if not (sampling > 0 and np.isfinite(sampling)):
-        raise ConfigError(f"temperature={sampling}: on-policy sampling needs a temperature above 0")
+        raise ConfigError(f"temperature={sampling}: on-policy sampling needs a finite temperature above 0")
     for name, temperature in teachers.items():
         if temperature is not None and temperature != sampling:
             raise ConfigError(

@@ -70,8 +70,9 @@ def parse_config(config_class: type[ConfigT], argv: Sequence[str], *, presets: P
     """The config for `argv`. Raises ConfigError for anything that the user can fix."""
     given = _pairs(argv)
     blueprint = chz.Blueprint(config_class)
-    if presets is not None:
-        blueprint.apply(dict(presets(dict(given))), layer_name="preset")
+    preset = {} if presets is None else dict(presets(dict(given)))
+    _check_entries(config_class, given, preset)
+    blueprint.apply(preset, layer_name="preset")
     blueprint.apply_from_argv([f"{key}={value}" for key, value in given.items()])
     try:
         return blueprint.make()
@@ -101,6 +102,26 @@ def _pairs(argv: Sequence[str]) -> dict[str, str]:
             raise ConfigError(f"{argument!r}: a wildcard cannot end an option's name")
         pairs[key] = value
     return pairs
+
+
+def _check_entries(config_class: type, given: Mapping[str, str], preset: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` unless the entries of every list are 0, 1, 2, …: chz would count up to the largest."""
+    given = {key: value for key, value in given.items() if "..." not in key}  # chz's wildcards name no entry
+    for name in (f"{option.name}." for option in options(config_class) if _entry_class(option.type) is not None):
+        there = {key.removeprefix(name).split(".")[0] for key in (*given, *preset) if key.startswith(name)}
+        for key in filter(lambda key: key.startswith(name), given):
+            place, dot, rest = key.removeprefix(name).partition(".")
+            if not re.fullmatch(r"0|[1-9][0-9]*", place):
+                entry = rest if place.lstrip("-").isdigit() else place + dot + rest
+                raise ConfigError(
+                    f"{key}={given[key]}: {name[:-1]} is a list, counted from 0. Write {name}0.{entry}={given[key]}"
+                )
+            counted = list(map(str, range(len(there))))
+            if place not in counted:
+                missing = next(number for number in counted if number not in there)
+                raise ConfigError(
+                    f"{key}={given[key]}: {name[:-1]} is counted from 0 without gaps, and there is no {name}{missing}"
+                )
 
 
 # Options

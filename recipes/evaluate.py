@@ -10,7 +10,6 @@ Prints a table, and with `output_path=` writes the numbers as JSON.
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -27,9 +26,10 @@ from recipes.cli import run_cli
 from recipes.config import TrainConfig
 from recipes.sampler_config import SamplerConfig, sampler_field
 from recipes.served import ServerOptions
+from recipes.student_config import check_at_least
 from recipes.teachers import refuse_ema
 from training import signals
-from training.atomic import write_atomic
+from training.atomic import dumps, write_atomic
 from training.evaluation import Judge, evaluate
 
 
@@ -70,8 +70,7 @@ class Config:
 
     @chz.validate
     def _check(self) -> None:
-        if self.eval_size < 1:
-            raise ConfigError(f"eval_size={self.eval_size}: expected 1 or more")
+        check_at_least(self, {"eval_size": 1, "samples": 0})
         if self.teacher_checkpoint is not None and self.teacher_model is None and not self.teacher.url:
             raise ConfigError("teacher_checkpoint needs teacher_model, which names its tokenizer")
         if self.has_teacher and self.samples == 0:
@@ -107,6 +106,8 @@ class Config:
 def main(config: Config) -> None:
     if config.output_path is not None and not Path(config.output_path).absolute().parent.is_dir():
         raise ConfigError(f"output_path={config.output_path}: its folder does not exist")
+    if config.output_path is not None and Path(config.output_path).is_dir():
+        raise ConfigError(f"output_path={config.output_path} is a folder: expected the name of a file")
     data = load_eval_rows(config.dataset, config.dataset_path, eval_size=config.eval_size, seed=config.seed)
     if not data.test:
         raise DataError(f"{data.name} has no held-out rows")
@@ -126,7 +127,11 @@ def main(config: Config) -> None:
             error = metrics.get(f"{name}_se")
             print(f"{name.removeprefix('eval/'):28} {value:.4f}" + (f" ± {error:.4f}" if error is not None else ""))
     if config.output_path is not None:
-        write_atomic(Path(config.output_path), json.dumps({**chz.asdict(config), **metrics}, indent=2) + "\n")
+        numbers = dumps({**chz.asdict(config), **metrics}, indent=2)
+        try:
+            write_atomic(Path(config.output_path), numbers + "\n")
+        except OSError as error:
+            raise ConfigError(f"output_path={config.output_path}: cannot be written ({error.strerror})") from error
 
 
 async def _evaluate(

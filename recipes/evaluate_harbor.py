@@ -80,8 +80,10 @@ class Config(HarborOptions):
             raise ConfigError(f"agent={self.agent} samples from no model: leave the sampler's options out")
         if self.samples < 1:
             raise ConfigError(f"samples={self.samples}: expected 1 or more")
-        if not self.temperature >= 0:
+        if not 0 <= self.temperature < math.inf:
             raise ConfigError(f"temperature={self.temperature}: expected 0 or more")
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed}: expected 0 or more")
         if self.model_name is not None:
             self.as_training()
 

@@ -75,6 +75,8 @@ class Config(OnPolicyConfig):
                 check_positive("weight", data.weight)
             except ConfigError as error:
                 raise ConfigError(f"datasets.{i}.{error}") from None
+            if data.teacher_model == "":
+                raise ConfigError(f"datasets.{i}.teacher_model is empty: give a model, or leave it out")
             if not data.has_teacher and not self.teachers:
                 raise ConfigError(
                     f"datasets.{i} has no teacher: give datasets.{i}.teacher_model=, datasets.{i}.teacher.url=, or "

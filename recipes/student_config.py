@@ -7,6 +7,7 @@ declared once, in one of the config classes, and handed on whole.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -96,11 +97,18 @@ class StudentConfig:
     def _student_ranges(self) -> None:
         check_at_least(self, _AT_LEAST)
         check_positive("learning_rate", self.learning_rate)
+        for name in ("weight_decay", "adam_eps"):
+            if not math.isfinite(getattr(self, name)):
+                raise ConfigError(f"{name}={getattr(self, name)}: expected a finite number")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected 0 or more, and less than 1")
         if self.lora_alpha is not None and self.lora_rank == 0:
             raise ConfigError("lora_alpha is for LoRA: set lora_rank as well, or leave it out")
+        if self.seed >= 2**63:
+            raise ConfigError(f"seed={self.seed}: expected a number below 2**63")
+        if self.lora_alpha is not None:
+            check_positive("lora_alpha", self.lora_alpha)
 
     # --- what the options turn into
 
@@ -174,6 +182,7 @@ class StudentConfig:
 _AT_LEAST = {
     "lora_rank": 0, "max_steps": 1, "eval_every": 0, "save_every": 0, "keep_checkpoints": 0, "warmup_steps": 0,
     "micro_batch_tokens": 1, "max_tokens": 1, "sampler_slots": 1, "max_grad_norm": 0, "weight_decay": 0, "adam_eps": 0,
+    "seed": 0,
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,12 @@ def write_atomic(path: Path, text: str | Iterable[str]) -> None:
         raise
 
 
-def dumps(row: Any) -> str:
+def dumps(row: Any, indent: int | None = None) -> str:
+    write = partial(json.dumps, default=plain, allow_nan=False, ensure_ascii=False, indent=indent)
     try:
-        return json.dumps(row, default=plain, allow_nan=False, ensure_ascii=False)
+        return write(row)
     except ValueError:  # a NaN somewhere: only then walk the whole row
-        return json.dumps(_finite(row), allow_nan=False, ensure_ascii=False)
+        return write(_finite(row))
 
 
 def plain(value: Any) -> Any:

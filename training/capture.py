@@ -221,8 +221,10 @@ def read_jsonl(path: str | Path) -> Capture:
             if not line.endswith(b"\n"):
                 raise DataError(f"{path}:{number}: the last line is cut off. {_GO_ON}")
             examples.append(_example(path, number, line, header))
-    if len(examples) != header.examples:
+    if len(examples) < header.examples:
         raise DataError(f"{path}: holds {len(examples)} of {header.examples} examples. {_GO_ON}")
+    if len(examples) > header.examples:
+        raise DataError(f"{path}: holds {len(examples)} examples, and its header says {header.examples}. Capture anew")
     ids = {example.row_id for example in examples}
     if len(ids) != len(examples):
         raise DataError(f"{path}: {len(examples) - len(ids)} examples are there twice. Capture anew")
@@ -263,11 +265,13 @@ def _parsed(path: str | Path, number: int, line: bytes) -> dict[str, Any]:
 def _example(path: str | Path, number: int, line: bytes, header: CaptureHeader) -> Example:
     row = _parsed(path, number, line)
     try:
+        input_ids = _ids(row["input_ids"])
         spans = tuple((int(start), int(end)) for start, end in row["trained"])
+        _check_spans(spans, len(input_ids))  # first: a span of a billion tokens is not to be counted out
         positions = [i for start, end in spans for i in range(start, end)]
         example = Example(
             row_id=row["id"],
-            input_ids=_ids(row["input_ids"]),
+            input_ids=input_ids,
             spans=spans,
             logprobs=np.array([row["logprobs"][i] for i in positions], dtype=np.float32),
             topk_ids=_ids([row["topk_ids"][i] for i in positions]),
@@ -288,11 +292,15 @@ def _ids(values: list) -> np.ndarray:
     return found
 
 
+def _check_spans(spans: Sequence[tuple[int, int]], length: int) -> None:
+    edges = [edge for span in spans for edge in span]
+    if not edges or edges[0] < 1 or edges != sorted(set(edges)) or edges[-1] > length:
+        raise ValueError("what trains is not spans of its tokens, in order")
+
+
 def check_example(example: Example, header: CaptureHeader) -> None:
     """Raises `ValueError` for what could not be trained on."""
-    edges = [edge for span in example.spans for edge in span]
-    if not edges or edges[0] < 1 or edges != sorted(set(edges)) or edges[-1] > len(example.input_ids):
-        raise ValueError("what trains is not spans of its tokens, in order")
+    _check_spans(example.spans, len(example.input_ids))
     trained, k = sum(end - start for start, end in example.spans), example.topk_ids.shape[-1]
     if example.topk_ids.shape != (trained, k) or not 1 <= k <= header.top_k:  # fewer: a smaller vocabulary
         raise ValueError(f"expected up to {header.top_k} ids at every trained position")

@@ -149,6 +149,12 @@ def test_a_byte_order_mark_is_skipped(tmp_path):
         (b"[\n", "f.jsonl:2: not JSON: Expecting value: line 2 column 1 (char 2); is the file one JSON array"),
         (b'{"messages": "\xff"}', "f.jsonl:2: not UTF-8 (byte 15 of the line)"),
         (b"[]", "f.jsonl:2: expected an object with 'messages'"),
+        (b"null", "f.jsonl:2: expected an object with 'messages', got None"),
+        (b'{"expected_answer": ' + b"9" * 5000 + b"}", "f.jsonl:2: not JSON: Exceeds the limit"),
+        (
+            b'{"messages": [{"role": "user", "content": "q"}], "expected_answer": Infinity}',
+            "f.jsonl:2: expected_answer: Input should be a valid string, got inf",
+        ),
         (b'{"id": "f:1", "messages": [{"role": "user", "content": "q"}]}', "id 'f:1' was used on line 1"),
     ],
 )

@@ -140,6 +140,7 @@ BROKEN: dict[str, Any] = {
     "more ids than logprobs": lambda t: with_example(t, input_ids=[*first(t)["input_ids"], 1]),
     "overlapping spans": lambda t: with_example(t, trained=[first(t)["trained"][0]] * 2),
     "a negative span": lambda t: with_example(t, trained=[[-2, -1]]),
+    "a span of a billion tokens": lambda t: with_example(t, trained=[[1, 10**9]]),
     "a span past the end": lambda t: with_example(t, trained=[[len(first(t)["input_ids"]) - 1, 99]]),
 }
 

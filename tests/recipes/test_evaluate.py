@@ -53,6 +53,10 @@ def test_greedy_only(tmp_path: Path, student: str):
     assert "eval/accuracy" in found and "eval/sampled_accuracy" not in found
 
 
+def test_of_one_row_there_is_no_error_and_any_json_reader_takes_the_numbers(tmp_path: Path, student: str):
+    assert numbers(tmp_path, model_name=student, eval_size=1)["eval/accuracy_se"] is None  # and no bare NaN
+
+
 def test_the_kl_to_a_teacher_of_a_checkpoint_and_of_an_adapter(tmp_path: Path, models: Models):
     identical = numbers(tmp_path, model_name=models["teacher_model"], teacher_model=models["teacher_model"])
     assert abs(identical["eval/exact_reverse_kl"]) < 1e-6 and abs(identical["eval/reverse_kl"]) < 1e-6
@@ -78,7 +82,10 @@ def test_the_kl_to_a_teacher_of_a_checkpoint_and_of_an_adapter(tmp_path: Path, m
         ({"dataset": "gsm8"}, "did you mean 'gsm8k'?"),
         ({"teacher_checkpoint": "x"}, "teacher_checkpoint needs teacher_model"),
         ({"teacher_model": "x", "samples": 0}, "samples=0"),
+        ({"samples": -1}, "samples=-1: expected 0 or more"),
         ({"output_path": "/no/such/folder/x.json"}, "its folder does not exist"),
+        ({"output_path": "/proc"}, "is a folder"),
+        ({"output_path": "/proc/x.json"}, "output_path=/proc/x.json: cannot be written"),
         ({"max_tokens": 500}, "max_tokens=500"),
     ],
 )

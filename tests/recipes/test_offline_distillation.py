@@ -350,6 +350,7 @@ def edited(text: str, **changes: Any) -> str:
 FILES: dict[str, tuple[Any, str]] = {
     "cut off": (lambda text: text[:-20], ":41: the last line is cut off. Run the command that captured it once more"),
     "too few": (lambda text: "\n".join(text.splitlines()[:30]) + "\n", "holds 29 of 40 examples"),
+    "too many": (lambda text: text + text.splitlines()[1] + "\n", "holds 41 examples, and its header says 40"),
     "no header": (lambda text: "\n".join(text.splitlines()[1:]) + "\n", "not the header of a capture"),
     "empty": (lambda text: "", "not the header of a capture"),
     "a dataset": (lambda text: '{"messages": []}\n', "not the header of a capture"),

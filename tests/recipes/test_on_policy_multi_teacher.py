@@ -406,6 +406,16 @@ MISTAKES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "not a number": ({"datasets__0__group_size": "x"}, ("datasets.0.group_size=x: expected int",)),
     "too small": ({"datasets__1__groups_per_batch": 0}, ("datasets.1.groups_per_batch=0: expected 1 or more",)),
     "a gap": ({"datasets__3__dataset": "arithmetic"}, ("datasets.2",)),
+    "no number": (
+        {"datasets__dataset": "x"},
+        ("datasets.dataset=x: datasets is a list, counted from 0. Write datasets.0.dataset=x",),
+    ),
+    "a number in another way": ({"datasets__00__name": "x"}, ("Write datasets.0.name=x",)),
+    "a gap of millions": (
+        {"datasets__9999999__name": "x"},
+        ("datasets.9999999.name=x: datasets is counted from 0 without gaps, and there is no datasets.2",),
+    ),
+    "an empty teacher": ({"datasets__0__teacher_model": ""}, ("datasets.0.teacher_model is empty",)),
     "no entry": ({"datasets__0": "x"}, ("datasets.0=x: expected datasets.0.OPTION=VALUE",)),
     "one name twice": ({"datasets__1__name": "one"}, ("datasets.0.name and datasets.1.name are both 'one'",)),
     "one route twice": (
