@@ -153,10 +153,18 @@ def refuse_other(path: Path, there: CaptureHeader, now: CaptureHeader) -> None:
     different = [field.name for field in fields(now) if getattr(there, field.name) != getattr(now, field.name)]
     if different:
         name = different[0]
-        raise ConfigError(
-            f"output_path={path} holds another capture: its {name} is {getattr(there, name)!r}, now it would be "
-            f"{getattr(now, name)!r}. Give another path, or delete the file"
+        what = _OF_FINGERPRINTS.get(
+            name, f"its {name} is {getattr(there, name)!r}, now it would be {getattr(now, name)!r}"
         )
+        raise ConfigError(f"output_path={path} holds another capture: {what}. Give another path, or delete the file")
+
+
+_OF_FINGERPRINTS = {
+    "weights": "the teacher had other weights",
+    "tokenizer": "it is in the ids of another tokenizer",
+    "format": "it is in another chat format (model_name, system_prompt, chat_template_kwargs)",
+    "made_from": "it is of other rows, or made of them in another way (completions, max_tokens, seed, formats)",
+}
 
 
 def _line(value: dict[str, Any]) -> bytes:

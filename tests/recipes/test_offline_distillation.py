@@ -426,7 +426,13 @@ def test_captures_that_cannot_be(case: str, capfd: pytest.CaptureFixture[str], t
 
 
 @pytest.mark.parametrize(
-    ("options", "part"), [({"top_k": 5}, "top_k is 4, now it would be 5"), ({"max_rows": 30}, "examples is 40")]
+    ("options", "part"),
+    [
+        ({"top_k": 5}, "top_k is 4, now it would be 5"),
+        ({"max_rows": 30}, "examples is 40"),
+        ({"system_prompt": "1"}, "in another chat format (model_name, system_prompt, "),
+        ({"teacher_system_prompt": "1"}, "of other rows, or made of them in another way"),
+    ],
 )
 def test_a_file_that_holds_another_capture(
     options: dict[str, Any], part: str, capfd: pytest.CaptureFixture[str], models: Models, captured: Path
