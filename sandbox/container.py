@@ -69,8 +69,9 @@ def container_options(
         "image": image,
         "name": name,
         "hostname": "sandbox",
-        # Its first program waits for its input's end, which is its owner's, or for the end of the lease.
-        "entrypoint": ["bash", "-p", "-c", f"{DEAF}; read -r -t {math.ceil(config.lease_s)}"],
+        # Its first program waits for its input's end, which is its owner's, or for the end of the lease. It kills the
+        # others itself: init would first wait for the last of a fork bomb's dead.
+        "entrypoint": ["bash", "-p", "-c", f"{DEAF}; read -r -t {math.ceil(config.lease_s)}; kill -9 -1"],
         "command": [],
         # Root's programs get the capabilities that this one has: none, were it the image's user's.
         "user": "0:0",

@@ -59,13 +59,18 @@ def connect(client_type: type[C] = docker.APIClient) -> C:
     return client
 
 
+def said_by(error: Exception) -> str:
+    """What an engine's refusal says, without the request that it refused."""
+    return error.explanation if isinstance(error, docker.errors.APIError) and error.explanation else str(error)
+
+
 @contextmanager
 def as_sandbox_errors(what: str) -> Iterator[None]:
     """Whatever the engine or the way to it says becomes a `SandboxError` that names what was being done."""
     try:
         yield
     except ENGINE_ERRORS as error:
-        text = error.explanation if isinstance(error, docker.errors.APIError) and error.explanation else str(error)
+        text = said_by(error)
         raise SandboxError(f"{what}: {text}") from error
 
 

@@ -31,7 +31,7 @@ from docker.utils.build import create_archive, exclude_paths
 from errors import DataError, ImageBuildError
 from sandbox.base_image import REPOSITORY as BASE_IMAGE
 from sandbox.base_image import ensure_base_image
-from sandbox.docker_engine import ENGINE_ERRORS, Engine, connect, suppress_os_errors
+from sandbox.docker_engine import ENGINE_ERRORS, Engine, connect, said_by, suppress_os_errors
 from sandbox.dockerfile import base_images, for_any_engine, substitute, with_substitutes
 
 REPOSITORY = "protege-image"
@@ -233,7 +233,7 @@ class Answer:
                     log.write(self._text_of(message))
                     log.flush()
         except (*ENGINE_ERRORS, ValueError) as error:
-            self.problem = self.problem or str(error)
+            self.problem = self.problem or said_by(error)
 
     def cut(self) -> None:
         self._cut = True

@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,23 +96,42 @@ class HostView:
                 return False
             await anyio.sleep(PASS_S)
 
+    @contextlib.contextmanager
+    def without_forks(self) -> Iterator[None]:
+        """Nothing inside can start a process meanwhile, where the kernel lets us say how many there may be. One at a
+        time."""
+        limits: dict[Path, str] = {}
+        with contextlib.suppress(OSError):
+            limits = {file: file.read_text() for file in self._group_files("pids", "pids.max", "pids.max")}
+            for file in limits:
+                file.write_text("0")  # what is there already goes on
+        try:
+            yield
+        finally:
+            for file, allowed in limits.items():
+                with contextlib.suppress(OSError):  # its container has ended
+                    file.write_text(allowed)
+
     def oom_kills(self) -> int:
         """How many processes of this container the kernel has killed for want of memory; 0 too if it cannot tell."""
-        try:
-            groups = Path(f"/proc/{self._init_pid}/cgroup").read_text()
-            for entry in groups.splitlines():
-                _, controllers, path = entry.split(":", 2)
-                if controllers == "memory":
-                    file = Path("/sys/fs/cgroup/memory" + path, "memory.oom_control")
-                elif not controllers:
-                    file = Path("/sys/fs/cgroup" + path, "memory.events")
-                else:
-                    continue
-                if file.exists() and (count := re.search(r"^oom_kill (\d+)$", file.read_text(), re.MULTILINE)):
+        with contextlib.suppress(OSError):
+            for file in self._group_files("memory", "memory.oom_control", "memory.events"):
+                if count := re.search(r"^oom_kill (\d+)$", file.read_text(), re.MULTILINE):
                     return int(count[1])
-        except OSError:
-            return 0
         return 0
+
+    def _group_files(self, controller: str, name: str, unified: str) -> list[Path]:
+        """The file of the container's control group that is called `name` in version 1, or else `unified`.
+
+        Raises `OSError`."""
+        found = []
+        for entry in Path(f"/proc/{self._init_pid}/cgroup").read_text().splitlines():
+            _, controllers, path = entry.split(":", 2)
+            if controllers == controller:
+                found.append(Path(f"/sys/fs/cgroup/{controller}{path}", name))
+            elif not controllers:
+                found.append(Path(f"/sys/fs/cgroup{path}", unified))
+        return [file for file in found if file.exists()]
 
 
 def host_view(container: str, init_pid: int) -> HostView | None:

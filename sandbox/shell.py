@@ -97,7 +97,7 @@ class Shell:
             said = noise.content().decode(errors="replace").strip() or "it said nothing"
             if "unable to find user" in said or "no matching entries in passwd" in said:
                 raise SandboxError(f"its image has no user {user}: {said}")
-            raise SandboxError(f"no bash answers in the sandbox ({said}): a sandbox needs an image that has bash")
+            raise SandboxError(f"no bash answers in it ({said})")
         except BaseException:
             socket.close()
             raise

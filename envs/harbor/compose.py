@@ -74,6 +74,8 @@ def _variables(given: Any) -> dict[str, str]:
     if isinstance(given, list):  # without a value it is the host's, if that lets it in
         parts = (str(entry).partition("=") for entry in given)
         given = {name: value if equals else None for name, equals, value in parts}
+    if not isinstance(given, Mapping | None):
+        raise NotOneContainer(f"services.{MAIN}.environment={given!r}: expected names with values, or a list of them")
     found = {}
     for name, value in (given or {}).items():
         text = f"${{{name}:-}}" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

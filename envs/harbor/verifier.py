@@ -72,7 +72,7 @@ async def verify(
     agent left running goes on afterwards; with `keep_services`, what listens runs during the tests, too.
     Raises `VerifierError`."""
     try:
-        services = await processes.listeners(sandbox, before, timeout_s=HOUSEKEEPING_S)
+        services = await _listeners(sandbox, before, needed=keep_services)
         stopped = await quieten(sandbox, before, services if keep_services else [], last=last)
         await upload_tests(sandbox, grading, before)
         result = await run_tests(sandbox, grading, before, env=env, workdir=workdir)
@@ -88,6 +88,16 @@ async def verify(
     except OSError as error:
         raise VerifierError(f"the sandbox did not take the tests: {error}") from error
     return verdict_of(result, rewards, output, services=len(services), services_kept=keep_services)
+
+
+async def _listeners(sandbox: Sandbox, before: Before, *, needed: bool) -> list[str]:
+    """An agent can leave so much running that nothing else starts. That costs it its services, not us the grade."""
+    try:
+        return await processes.listeners(sandbox, before, timeout_s=HOUSEKEEPING_S)
+    except SandboxError:
+        if needed:
+            raise
+        return []
 
 
 def verdict_of(
@@ -131,14 +141,16 @@ async def quieten(sandbox: Sandbox, before: Before, services: Sequence[str], *, 
     return [] if last else stopped
 
 
+def make_logs(owner: str) -> str:
+    """A script that makes the verifier's folder anew. A link or a file of the agent's may be in the way."""
+    ways = "/logs /logs/agent /logs/artifacts"
+    clear = f"for way in {ways}; do [ -d $way ] || rm -rf $way; done"
+    return f"rm -rf {FOLDER} && {clear} && mkdir -p {ways} {FOLDER} && chown {owner} {FOLDER}"
+
+
 async def upload_tests(sandbox: Sandbox, grading: Grading, before: Before) -> None:
-    # gone first, then made anew: a link or a file of the agent's would otherwise stay in the way
-    await checked(
-        sandbox,
-        f"rm -rf /tests {FOLDER} && mkdir -p /tests {FOLDER} /logs/agent /logs/artifacts "
-        f"&& chown {before.numbers[grading.user]} {FOLDER}",
-        "clearing the way for the tests",
-    )
+    make = f"rm -rf /tests && {make_logs(before.numbers[grading.user])} && mkdir -p /tests"
+    await checked(sandbox, make, "clearing the way for the tests")
     for folder in grading.tests:
         await sandbox.upload_dir(folder, "/tests", user=ROOT)
     await checked(sandbox, "chmod a+rx /tests /tests/test.sh", "uploading the tests")

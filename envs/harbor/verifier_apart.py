@@ -25,11 +25,11 @@ from envs.harbor import processes
 from envs.harbor.processes import ROOT, Before, look_before
 from envs.harbor.task import Artifact, Grading
 from envs.harbor.verifier import (
-    FOLDER,
     HOUSEKEEPING_S,
     Verdict,
     VerifierError,
     checked,
+    make_logs,
     output_of,
     quieten,
     read_rewards,
@@ -157,8 +157,7 @@ async def _grade(sandbox: Sandbox, carried: Sequence[Carried], grading: Grading,
     for artifact in carried:
         await _place(sandbox, artifact, owner)
     if grading.apart.bundled:
-        folders = f"rm -rf {FOLDER} && mkdir -p {FOLDER} /logs/artifacts && chown {owner} {FOLDER}"
-        await checked(sandbox, f"{folders} && chmod a+rx /tests /tests/test.sh", "looking for /tests/test.sh")
+        await checked(sandbox, f"{make_logs(owner)} && chmod a+rx /tests /tests/test.sh", "looking for /tests/test.sh")
     else:
         await upload_tests(sandbox, grading, before)
     result = await run_tests(sandbox, grading, before, env=env, workdir=grading.apart.workdir)
