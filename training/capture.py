@@ -20,10 +20,11 @@ from typing import IO, Any
 import numpy as np
 import torch
 from pydantic import TypeAdapter
+from safetensors import SafetensorError
 
 from envs.given import GivenEpisode
 from envs.types import Episode, StopReason, Turn
-from errors import ConfigError, DataError, TeacherError
+from errors import ConfigError, DataError, ProtegeError, TeacherError
 from models.types import Signal, SignalKind, SignalSpec, TeacherTopK, TeacherView
 
 VERSION = 1
@@ -109,11 +110,28 @@ class CaptureWriter:
         self.done = done
 
     def append(self, examples: Sequence[Example]) -> None:
-        """Returns when they are on the disk."""
+        """Returns when they are on the disk. Raises `ProtegeError` if that fails."""
         assert self._file is not None
-        self._file.write(b"".join(_line(_to_json(example)) for example in examples))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        _append(self._file, b"".join(_line(_to_json(example)) for example in examples))
+
+
+def _append(file: IO[bytes], data: bytes) -> None:
+    """Not through the file's buffer: what that could not write it would try again when it is closed."""
+    with failing_with_what_to_do(file.name):
+        while data:
+            data = data[os.write(file.fileno(), data) :]
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def failing_with_what_to_do(path: str | Path) -> Iterator[None]:
+    """Raises `ProtegeError` where the disk fails, or is full."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors report a full disk as an error of their own
+        raise ProtegeError(
+            f"cannot write {path}: {error}. Make room, if the disk is full; the same command then goes on"
+        ) from error
 
 
 @contextmanager
@@ -143,8 +161,7 @@ def capture_writer(path: Path, header: CaptureHeader) -> Iterator[CaptureWriter]
             whole += len(line)
         file.truncate(whole)  # what a kill cut off
         if not whole:
-            file.write(ours)
-            file.flush()
+            _append(file, ours)
         yield CaptureWriter(file, frozenset(done))
 
 

@@ -22,6 +22,7 @@ from training.capture import (
     Example,
     capture_writer,
     check_example,
+    failing_with_what_to_do,
     parse_header,
     read_jsonl,
     read_jsonl_header,
@@ -90,10 +91,11 @@ def _write_binary(capture: Capture, path: Path) -> None:
     header = json.dumps({"protege_capture": VERSION, **asdict(capture.header)})
     ids = json.dumps([example.row_id for example in examples])
     try:
-        save_file(tensors, temp, metadata={"protege_capture": header, "ids": ids})
-        fsync(temp)
-        temp.replace(path)
-        fsync(path.parent)
+        with failing_with_what_to_do(path):
+            save_file(tensors, temp, metadata={"protege_capture": header, "ids": ids})
+            fsync(temp)
+            temp.replace(path)
+            fsync(path.parent)
     except BaseException:
         remove(temp)
         raise

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -195,3 +197,31 @@ def test_what_a_kill_left_beside_a_complete_binary_file_is_removed(tmp_path: Pat
     left.write_text("{}\n")
     assert capture(tmp_path, models, output_path=file) == file and not left.exists()
     assert len(read_capture(file).examples) == 40
+
+
+def test_a_full_disk_is_one_message_and_the_capture_goes_on_when_there_is_room(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, models: Models, monkeypatch: pytest.MonkeyPatch
+):
+    whole = capture(tmp_path, models).read_bytes()
+    room = len(whole) // 2
+
+    def write_what_fits(descriptor: int, data: bytes) -> int:
+        nonlocal room
+        if not room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = real(descriptor, data[:room])
+        room -= written
+        return written
+
+    file = tmp_path / "full.jsonl"
+    given = {**models, "dataset": tmp_path / "answers.jsonl", "top_k": 4, "device": "cpu", "output_path": file}
+    with monkeypatch.context() as disk:
+        real = os.write
+        disk.setattr(os, "write", write_what_fits)
+        with pytest.raises(SystemExit) as exit:
+            run_cli(capture_teacher.main, capture_teacher.Config, argv=[f"{k}={v}" for k, v in given.items()])
+    err = capfd.readouterr().err
+    assert exit.value.code == 1 and err.count("error:") == 1 and "Traceback" not in err, err
+    assert f"cannot write {file}" in err and "No space left" in err and "the same command then goes on" in err
+    assert len(file.read_bytes()) == len(whole) // 2
+    assert capture(tmp_path, models, output_path=file).read_bytes() == whole
