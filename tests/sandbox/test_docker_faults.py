@@ -43,7 +43,7 @@ from sandbox.docker_sandbox import DockerSandboxFactory
 async def main():
     factory = await DockerSandboxFactory.connect(sys.argv[1])
     sandbox = await factory.create(sys.argv[2])
-    await sandbox.run_command("sleep 900 &", timeout_s=10)
+    await sandbox.run_command(sys.argv[3], timeout_s=10)
     print(sandbox.id, flush=True)
     await anyio.sleep_forever()
 anyio.run(main)
@@ -116,10 +116,13 @@ async def test_a_frozen_sandbox_is_given_up_and_removed(
 
 
 @pytest.fixture
-def owner(image: str):
-    """A process that owns a sandbox: its run, its sandbox's name, itself."""
+def owner(image: str, request: pytest.FixtureRequest):
+    """A process that owns a sandbox, in which something runs: its run, its sandbox's name, itself."""
+    work = getattr(request, "param", "sleep 900 &")
     run = f"owner{os.getpid()}-{time.monotonic_ns()}"
-    process = subprocess.Popen([sys.executable, "-c", OWNER, run, image], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.Popen(
+        [sys.executable, "-c", OWNER, run, image, work], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
     assert process.stdout is not None
     yield run, process.stdout.readline().strip(), process
     process.kill()
@@ -127,11 +130,12 @@ def owner(image: str):
     process.stdout.close()
 
 
+@pytest.mark.parametrize("owner", ["sleep 900 &", "b() { b | b & }; b"], indirect=True, ids=["at rest", "fork bomb"])
 async def test_the_sandbox_of_a_killed_owner_ends_by_itself(client: docker.APIClient, owner):
     run, name, process = owner
     assert names(client, run) == [name]
     process.send_signal(signal.SIGKILL)
-    await until(lambda: names(client, run) == [])
+    await until(lambda: names(client, run) == [], within_s=30.0)
 
 
 @pytest.fixture

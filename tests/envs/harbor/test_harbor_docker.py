@@ -122,6 +122,19 @@ async def test_a_forged_reward_counts_nothing(how: str):
     assert await reward_of(STARTERS["edit-json"], FORGERIES[how]) == 0.0
 
 
+EVASIONS = {
+    "a fork bomb": "b() { b | b & }; b",
+    "a file in place of /logs": "rm -rf /logs; echo > /logs",
+    "a link from /logs to /tests": "rm -rf /logs; ln -s /tests /logs",
+    "what is no folder in /logs": "rm -rf /logs; mkdir /logs; echo > /logs/agent; ln -s /nowhere /logs/artifacts",
+}
+
+
+@pytest.mark.parametrize("how", EVASIONS)
+async def test_an_attempt_cannot_keep_itself_from_being_graded(how: str):
+    assert await reward_of(STARTERS["edit-json"], EVASIONS[how]) == 0.0
+
+
 UNTIL_IT_LISTENS = "for i in {1..300}; do grep -q ' 0A ' /proc/net/tcp && break; sleep 0.1; done"
 SERVERS = {  # one thing that forges and listens
     "on a port": "AF_INET",

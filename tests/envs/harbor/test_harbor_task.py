@@ -175,6 +175,11 @@ def test_what_is_not_honoured_is_named(tmp_path: Path, toml: str, note: str):
             {"environment/compose.yaml": "services: {main: {environment: [A=$B]}}"},
             "environment.A='$B': only ${NAME}",
         ),
+        (
+            "",
+            {"environment/compose.yaml": "services: {main: {environment: 5}}"},
+            "services.main.environment=5: expected names with values",
+        ),
         ("artifacts = [{source = '/x', service = 'db'}]", {}, "service='db'"),
         (
             "",
