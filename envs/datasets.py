@@ -205,15 +205,16 @@ def read_jsonl(path: str | Path, to_contract: Callable[[Record], Record | None] 
     """
     path = Path(path)
     rows, line_of_id, unknown, left_out = [], {}, Counter(), 0
-    for line, obj in _json_lines(path):
+    for line, record in _json_lines(path):
         where = f"{path}:{line}"
-        try:
-            record = to_contract(obj) if to_contract and isinstance(obj, dict) else obj
-        except ValueError as error:
-            raise DataError(f"{where}: {error}") from None
-        if record is None and isinstance(obj, dict):
-            left_out += 1
-            continue
+        if to_contract and isinstance(record, dict):
+            try:
+                record = to_contract(record)
+            except ValueError as error:
+                raise DataError(f"{where}: {error}") from None
+            if record is None:
+                left_out += 1
+                continue
         row = parse_row(record, where, default_id=f"{path.stem}:{line}")
         if row.row_id in line_of_id:
             raise DataError(f"{where}: id {row.row_id!r} was used on line {line_of_id[row.row_id]}")
