@@ -13,9 +13,9 @@ from envs.given import answered
 from errors import ConfigError
 from models.checks import common_temperature
 from models.types import SignalKind, SignalSpec
-from recipes.served import ServerOptions
-from recipes.student_config import StudentConfig, check_at_least, check_positive, json_object
-from recipes.teachers import DEFAULT_EMA_DECAY, EMA, TeacherSpec, ema_decay_of
+from recipes.student_config import StudentConfig, check_at_least, check_positive
+from recipes.teacher_options import OneTeacher
+from recipes.teachers import DEFAULT_EMA_DECAY, EMA, TeacherSpec
 from training.distribution_losses import JSD, ClassicKD, Support, Tail, TopKForwardKL
 from training.loop import LoopConfig
 from training.objectives import SFT, Objective, ReverseKL
@@ -192,34 +192,21 @@ class OnPolicyConfig(StudentConfig):
 
 
 @chz.chz
-class TrainConfig(OnPolicyConfig):
+class TrainConfig(OneTeacher, OnPolicyConfig):
     """Student, one teacher, objective, optimizer and run: everything but the data."""
 
-    teacher_model: str | None = chz.field(
-        default=None,
-        doc=f"the teacher: hub id, local folder or .gguf file; {EMA}: the student's own moving average. With "
-        "teacher.url: its tokenizer and chat template; default: the model that is served",
-    )
-    teacher: ServerOptions = chz.field(default_factory=ServerOptions, doc="a teacher that a server holds")
-    teacher_checkpoint: str | None = chz.field(default=None, doc="the teacher's weights: HF folder or adapter")
-    teacher_system_prompt: str | None = chz.field(
-        default=None, doc="system message in the teacher's view; default: the student's, '' for none"
-    )
-    teacher_chat_template_kwargs: str | None = chz.field(
-        default=None, doc="JSON object for the teacher's chat template; default: the student's"
-    )
     teacher_temperature: float | None = chz.field(
         default=None, doc="temperature of the teacher's logprobs; must be `temperature`, which is the default"
     )
 
     @chz.validate
     def _has_teacher(self) -> None:
-        if self.teacher_model is None and not self.teacher.url:
+        if not self.has_teacher:
             raise ConfigError(
                 "missing: teacher_model\n  teacher_model=  (str), or teacher.url= for one that a server holds\n"
                 "--help lists every option"
             )
-        check_server(self.teacher, self.teacher_checkpoint, "teacher_checkpoint")
+        self.check_teacher()
 
     @property
     def teacher_name(self) -> str:
@@ -230,26 +217,7 @@ class TrainConfig(OnPolicyConfig):
         return common_temperature(self.temperature, {self.teacher_name: self.teacher_temperature})
 
     def teacher_specs(self) -> Sequence[TeacherSpec]:
-        kwargs = self.teacher_chat_template_kwargs
-        return [
-            TeacherSpec(
-                name=self.teacher_name,
-                model=self.teacher_model,
-                checkpoint=self.teacher_checkpoint,
-                system_prompt=self.teacher_system_prompt,
-                template_kwargs=None if kwargs is None else json_object("teacher_chat_template_kwargs", kwargs),
-                ema_decay=ema_decay_of(self.teacher_model, self.teacher_ema_decay),
-                server=self.teacher,
-            )
-        ]
-
-
-def check_server(server: ServerOptions, checkpoint: str | None, option: str) -> None:
-    """Raises `ConfigError` for weights beside a server that has its own."""
-    if server.url and checkpoint is not None:
-        raise ConfigError(
-            f"{option}={checkpoint}: the server has the teacher's weights. Leave it out, or leave out url"
-        )
+        return [self.teacher_spec(self.teacher_name, self.teacher_ema_decay)]
 
 
 _AT_LEAST = {

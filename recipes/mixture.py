@@ -8,12 +8,13 @@ import chz
 
 from envs.sources import NAMES
 from recipes.served import ServerOptions
+from recipes.teacher_options import OneTeacher
 from recipes.teachers import EMA
 
 
 @chz.chz
-class DatasetOptions:
-    """One dataset of the mixture, and its teacher."""
+class Rows:
+    """One dataset of the mixture."""
 
     dataset: str = chz.field(doc="arithmetic, deepmath, tulu3, gsm8k, or a path to JSONL (one `messages` per row)")
     dataset_path: str | None = chz.field(default=None, doc="a local copy of the named dataset: file or folder")
@@ -25,27 +26,15 @@ class DatasetOptions:
         default=1.0, doc="factor on its tokens' losses; they are still divided by all of the step's"
     )
     eval_size: int = chz.field(default=64, doc="held-out rows to evaluate on; 0: no evaluation")
-    teacher_model: str | None = chz.field(
-        default=None,
-        doc=f"judges the rows that name no teacher: hub id, local folder or .gguf file; {EMA}: the student's average. "
-        "With teacher.url: its tokenizer and chat template; default: the model that is served",
-    )
-    teacher: ServerOptions = chz.field(default_factory=ServerOptions, doc="such a teacher that a server holds")
-    teacher_checkpoint: str | None = chz.field(default=None, doc="the teacher's weights: HF folder or adapter")
-    teacher_system_prompt: str | None = chz.field(
-        default=None, doc="system message in the teacher's view; default: the student's, '' for none"
-    )
-    teacher_chat_template_kwargs: str | None = chz.field(
-        default=None, doc="JSON object for the teacher's chat template; default: the student's"
-    )
 
     @property
     def title(self) -> str:
         return self.name or (self.dataset if self.dataset in NAMES else Path(self.dataset).stem)
 
-    @property
-    def has_teacher(self) -> bool:
-        return self.teacher_model is not None or bool(self.teacher.url)
+
+@chz.chz
+class DatasetOptions(OneTeacher, Rows):
+    """One dataset of the mixture, and the teacher of its rows that name none."""
 
 
 @chz.chz

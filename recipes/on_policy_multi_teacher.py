@@ -34,10 +34,11 @@ from envs.sources import NAMES, Routing, load_dataset_rows, locate
 from errors import ConfigError
 from recipes import blends, setup
 from recipes.cli import run_cli
-from recipes.config import OnPolicyConfig, check_server
+from recipes.config import OnPolicyConfig
 from recipes.mixture import DatasetOptions, TeacherOptions
 from recipes.on_policy_distillation import eval_size_of_file
 from recipes.student_config import check_at_least, check_positive, json_object
+from recipes.teacher_options import check_server
 from recipes.teachers import TeacherSpec, distinct, ema_decay_of
 from recipes.training_run import TrainingRun, print_dry_run, train
 from training.evaluation import EvalSet
@@ -49,7 +50,9 @@ from training.trackers import check_trackers
 class Config(OnPolicyConfig):
     """On-policy distillation of single answers from several teachers. Without `datasets`: DeepMath and Tulu 3."""
 
-    datasets: tuple[DatasetOptions, ...] = chz.field(default=(), doc="the mixture")
+    datasets: tuple[DatasetOptions, ...] = chz.field(
+        default=(), doc="the mixture; a dataset's own teacher judges its rows that name none"
+    )
     teachers: tuple[TeacherOptions, ...] = chz.field(default=(), doc="those that rows name under `route_key`")
     route_key: str = chz.field(default="teacher", doc="the key of a row that names its teacher")
     teachers_in_memory: int | None = chz.field(
@@ -82,9 +85,7 @@ class Config(OnPolicyConfig):
                     f"datasets.{i} has no teacher: give datasets.{i}.teacher_model=, datasets.{i}.teacher.url=, or "
                     "teachers.0.model="
                 )
-            check_server(data.teacher, data.teacher_checkpoint, f"datasets.{i}.teacher_checkpoint")
-            if data.teacher_model is None and data.teacher_checkpoint is not None:
-                raise ConfigError(f"datasets.{i}.teacher_checkpoint needs teacher_model, which names its tokenizer")
+            data.check_teacher(f"datasets.{i}.")
         for i, teacher in enumerate(self.teachers):
             if teacher.model is None and not teacher.url:
                 raise ConfigError(f"teachers.{i} has neither model nor url: give teachers.{i}.model=")
@@ -142,12 +143,13 @@ class Config(OnPolicyConfig):
 
 def _listed(config: Config, index: int, name: str) -> TeacherSpec:
     options = config.teachers[index]
+    kwargs = options.chat_template_kwargs
     return TeacherSpec(
         name=name,
         model=options.model,
         checkpoint=options.checkpoint,
         system_prompt=options.system_prompt,
-        template_kwargs=_json(f"teachers.{index}.chat_template_kwargs", options.chat_template_kwargs),
+        template_kwargs=None if kwargs is None else json_object(f"teachers.{index}.chat_template_kwargs", kwargs),
         ema_decay=ema_decay_of(options.model, config.teacher_ema_decay),
         server=options.server(),
         server_option=f"teachers.{index}.",
@@ -158,20 +160,8 @@ def _of_dataset(config: Config, index: int) -> TeacherSpec | None:
     options = config.datasets[index]
     if not options.has_teacher:
         return None
-    return TeacherSpec(
-        name=options.teacher_checkpoint or options.teacher_model or options.teacher.url[0],
-        model=options.teacher_model,
-        checkpoint=options.teacher_checkpoint,
-        system_prompt=options.teacher_system_prompt,
-        template_kwargs=_json(f"datasets.{index}.teacher_chat_template_kwargs", options.teacher_chat_template_kwargs),
-        ema_decay=ema_decay_of(options.teacher_model, config.teacher_ema_decay),
-        server=options.teacher,
-        server_option=f"datasets.{index}.teacher.",
-    )
-
-
-def _json(name: str, text: str | None) -> dict[str, Any] | None:
-    return None if text is None else json_object(name, text)
+    name = options.teacher_checkpoint or options.teacher_model or options.teacher.url[0]
+    return options.teacher_spec(name, config.teacher_ema_decay, f"datasets.{index}.")
 
 
 DEFAULT_MIXTURE: dict[str, Any] = {

@@ -10,14 +10,20 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import chz
 import pytest
 import tiny_models
 import torch
 from tiny_models import episodes, evaluation_rows, final, fingerprint, training_rows, weights
 from transformers import AutoModelForCausalLM
 
+from errors import ConfigError
 from recipes import on_policy_multi_teacher as recipe
 from recipes.cli import help_text, parse_config, run_cli
+from recipes.config import TrainConfig
+from recipes.mixture import DatasetOptions
+from recipes.served import ServerOptions
+from recipes.teacher_options import OneTeacher
 
 BASE: dict[str, Any] = {
     "max_tokens": 6, "max_steps": 2, "learning_rate": 1e-2, "eval_every": 0, "save_every": 0, "device": "cpu",
@@ -501,3 +507,14 @@ def test_a_dry_run_says_who_judges_what(
     out = capsys.readouterr().out
     assert f"12 rows are judged by blend: 0.75 of {teacher}, 0.25 of {second}" in out
     assert re.search(rf"{teacher} reads (\d+) tokens of this prompt, {second} reads \1 tokens", out)
+
+
+def test_the_options_of_one_teacher_exist_once():
+    ours, theirs, own = (chz.chz_fields(config) for config in (DatasetOptions, TrainConfig, OneTeacher))
+    assert own and all(ours[name] is theirs[name] is field for name, field in own.items())
+    assert {name for name in theirs if name.startswith("teacher_")} - own.keys() == {
+        "teacher_alignment", "teacher_ema_decay", "teacher_temperature",
+    }  # fmt: skip
+    for refused in ({"lora_rank": -1}, {"max_dropped_fraction": 2}, {"teacher_checkpoint": "x"}):  # by each base's own
+        with pytest.raises(ConfigError):
+            TrainConfig(model_name="s", teacher=ServerOptions(url=("http://a:1",)), **refused)
