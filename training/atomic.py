@@ -15,12 +15,15 @@ from typing import Any
 TEMP = ".tmp-"
 """Starts the name of everything that is being written; what a kill leaves behind is found by it."""
 
+SURROGATES = "backslashreplace"
+"""How half of a surrogate pair, which a call or a tool may hold and UTF-8 cannot, is written: as in JSON."""
+
 
 def write_atomic(path: Path, text: str | Iterable[str]) -> None:
     """Write a file aside, make sure that it is on the disk, and rename it into place."""
     temp = path.with_name(f"{TEMP}{path.name}-{os.getpid()}")
     try:
-        with open(temp, "w", encoding="utf-8") as file:
+        with open(temp, "w", encoding="utf-8", errors=SURROGATES) as file:
             for part in (text,) if isinstance(text, str) else text:
                 file.write(part)
             file.flush()

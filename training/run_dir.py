@@ -22,7 +22,18 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from errors import CheckpointError, ConfigError, ProtegeError
-from training.atomic import TEMP, dumps, failure, folder_size, fsync, fsync_tree, plain, remove, write_atomic
+from training.atomic import (
+    SURROGATES,
+    TEMP,
+    dumps,
+    failure,
+    folder_size,
+    fsync,
+    fsync_tree,
+    plain,
+    remove,
+    write_atomic,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +135,7 @@ class RunDir:
         """Append one row, which names its `step`. NaN and infinities become null: JSON has neither."""
         if "step" not in row:
             raise ValueError(f"a metrics row names its step; got {sorted(row)}")
-        line = (dumps(row) + "\n").encode()
+        line = (dumps(row) + "\n").encode(errors=SURROGATES)
         try:
             _cut_torn_line(self.metrics_path)
             with open(self.metrics_path, "ab", buffering=0) as file:

@@ -251,11 +251,13 @@ def test_rewinding_forgets_episodes_too(tmp_path):
 def test_episodes_hold_arrays_as_lists_and_an_iterator_that_fails_leaves_nothing(tmp_path):
     run = opened(tmp_path)
     row = {"ids": np.array([1, 2], dtype=np.int32), "logprobs": np.array([np.nan, -0.5], dtype=np.float32)}
-    file = run.write_episodes(12, [row, {"text": "</script>\n"}])
+    half = "half of a pair: \ud83d, and é"  # as a model may write it in a call's JSON, and UTF-8 cannot
+    file = run.write_episodes(12, [row, {"text": "</script>\n"}, {"text": half}])
     assert file.name == "step_000012.jsonl"
     assert [json.loads(line) for line in file.read_text().splitlines()] == [
         {"ids": [1, 2], "logprobs": [None, -0.5]},
         {"text": "</script>\n"},
+        {"text": half},
     ]
     with pytest.raises(ZeroDivisionError):
         run.write_episodes(13, (1 / 0 for _ in range(1)))
