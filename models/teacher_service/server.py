@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +60,7 @@ class ServiceLimits:
 
     request_tokens: int = 65_536  # of one request; a longer context than this raises it
     answer_bytes: int = 64 << 20
+    held_bytes: int = 4 << 30  # of all answers that are waited for, computed or being sent
     top_k: int = 1024
     waiting_requests: int = 256
     waiting_tokens: int = 1 << 20
@@ -80,6 +81,7 @@ class Service:
         self.limits = limits or ServiceLimits()
         contexts = [model.info.context_length or 0 for model in models]
         self._request_tokens = max(self.limits.request_tokens, *contexts)
+        self._held_bytes = 0
         self._metrics = Metrics()
         self.queue = ScoreQueue(
             self._score_batch,
@@ -153,12 +155,28 @@ class Service:
         limit = OVERHEAD_BYTES + request_bytes(self._request_tokens)
         body = await read_body(request, max_bytes=limit, timeout_s=self.limits.read_timeout_s)
         asked, model = await anyio.to_thread.run_sync(self._understood, body)
-        body = await unless_disconnected(request.receive, self._scores(asked, model))
-        if body is None:
-            raise Refused(GONE, "the client is gone")
+        release = self._hold(_size(asked, model))
+        try:
+            body = await unless_disconnected(request.receive, self._scores(asked, model))
+            if body is None:
+                raise Refused(GONE, "the client is gone")
+        except BaseException:
+            release()
+            raise
         self._metrics.add("scored_tokens", asked.scored, model=model.info.name, need=asked.fields.need)
         self._metrics.add("answer_bytes", len(body))
-        return _Answer(body, self.limits.write_timeout_s)
+        return _Answer(body, self.limits.write_timeout_s, release)
+
+    def _hold(self, size: int) -> Callable[[], None]:
+        """Room for an answer, until what is returned is called. A single answer always has some. Raises `Refused`."""
+        if self._held_bytes and self._held_bytes + size > self.limits.held_bytes:
+            raise Refused(503, f"answers of {self._held_bytes} bytes are made or sent already", retry_after_s=2)
+        self._held_bytes += size
+
+        def release() -> None:
+            self._held_bytes -= size
+
+        return release
 
     def _understood(self, body: bytearray) -> tuple[ScoreRequest, ServedModel]:
         """Raises `Refused`."""
@@ -196,8 +214,7 @@ class Service:
                 raise Refused(422, f"a view has {len(reading.ids)} tokens, {info.name} reads {info.context_length}")
             if not 0 <= (id_ := _strangest(reading.ids)) < info.vocab_size:
                 raise Refused(422, f"model {info.name} has no token {id_}: its ids end at {info.vocab_size - 1}")
-        size = answer_bytes(fields, asked.scored, hidden_size=info.hidden_size, vocab_size=info.vocab_size)
-        if size > self.limits.answer_bytes:
+        if (size := _size(asked, model)) > self.limits.answer_bytes:
             raise Refused(413, f"the answer would have {size} bytes, at most {self.limits.answer_bytes} are given")
 
     async def _score_batch(self, key: Any, views: Sequence[TeacherView]) -> list[dict[str, np.ndarray]]:
@@ -221,7 +238,8 @@ class Service:
         end = start + count
         if end > rows:
             raise Refused(422, f"rows {start} to {end} were asked for, the head has {rows}")
-        if count * (width + 1) * head.weight.element_size() > self.limits.answer_bytes:
+        size = count * (width + 1) * head.weight.element_size()
+        if size > self.limits.answer_bytes:
             raise Refused(413, f"{count} rows are more than the {self.limits.answer_bytes} bytes given at a time")
         fields = HeadFields(
             model=model.info.name,
@@ -235,10 +253,15 @@ class Service:
             scale=float(head.scale),
             softcap=head.softcap,
         )
-        weight = await compute(lambda: raw(head.weight[start:end]))
-        bias = None if head.bias is None else await compute(raw, head.bias[start:end])
-        body = await anyio.to_thread.run_sync(encode_head, fields, weight, bias)
-        return _Answer(body, self.limits.write_timeout_s)
+        release = self._hold(size)
+        try:
+            weight = await compute(lambda: raw(head.weight[start:end]))
+            bias = None if head.bias is None else await compute(raw, head.bias[start:end])
+            body = await anyio.to_thread.run_sync(encode_head, fields, weight, bias)
+        except BaseException:
+            release()
+            raise
+        return _Answer(body, self.limits.write_timeout_s, release)
 
     def metrics_text(self) -> str:
         """As Prometheus reads it."""
@@ -248,17 +271,20 @@ class Service:
 
 
 class _Answer:
-    """A response of bytes, as Starlette calls it."""
+    """A response of bytes, as Starlette calls it. `release` is called once they are sent, or are not wanted."""
 
-    def __init__(self, body: bytes, timeout_s: float) -> None:
+    def __init__(self, body: bytes, timeout_s: float, release: Callable[[], None]) -> None:
         self._body = body
         self._timeout_s = timeout_s
+        self._release = release
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
             await send_body(self._body, send, timeout_s=self._timeout_s)
         except TimeoutError:  # returning with the body unfinished makes uvicorn close the connection
             logger.warning("a client took longer than %g s for a MiB of its answer", self._timeout_s)
+        finally:
+            self._release()
 
 
 class _Refusal:
@@ -274,6 +300,12 @@ class _Refusal:
 def _key(fields: RequestFields) -> RequestFields:
     """What is computed: hidden states know no temperature."""
     return fields.model_copy(update={"temperature": 1.0}) if fields.need == "full" else fields
+
+
+def _size(asked: ScoreRequest, model: ServedModel) -> int:
+    """Of the answer's arrays, in bytes."""
+    info = model.info
+    return answer_bytes(asked.fields, asked.scored, hidden_size=info.hidden_size, vocab_size=info.vocab_size)
 
 
 def _encoded(fields: AnswerFields, found: Sequence[dict[str, np.ndarray]]) -> bytes:

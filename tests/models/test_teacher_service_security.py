@@ -370,6 +370,31 @@ def test_a_request_under_way_is_not_cut_off():
         assert answer.result(20).status_code == 200
 
 
+def test_answers_that_are_made_or_not_fetched_have_a_bound_for_all_together():
+    lm, begun, go_on = llama(), threading.Event(), threading.Event()
+    hidden = lm.hidden
+
+    def slow(sequences: Any) -> Any:
+        begun.set()
+        return go_on.wait(20) and hidden(sequences)
+
+    lm.hidden = slow  # type: ignore[method-assign]
+    limits = ServiceLimits(held_bytes=1)  # one answer at a time, whatever its size
+    with running(served(lm), limits=limits) as service, ThreadPoolExecutor() as threads:
+        first = threads.submit(post, service, request())
+        assert begun.wait(20)
+        second = post(service, request())
+        assert "bytes are made or sent already" in refused(second, 503) and second.headers["retry-after"] == "2"
+        go_on.set()
+        assert first.result(20).status_code == 200
+        assert post(service, request(model="other")).status_code == 404
+        deadline = time.monotonic() + 20
+        while service.service._held_bytes:  # what was sent is not held
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert post(service, request()).status_code == 200
+
+
 def test_idle_connections_shut_nobody_out_for_long(impatient: Running):
     with contextlib.ExitStack() as stack:
         idle = [stack.enter_context(connect(impatient)) for _ in range(8)]
