@@ -14,6 +14,7 @@ re-raises when pytest is running. Its `Blueprint` does the work below it.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 import sys
@@ -299,7 +300,8 @@ def _report(error: BaseException) -> int | None:
     leaves = _leaves(error)
     for leaf in leaves:
         if isinstance(leaf, KeyboardInterrupt):
-            print("interrupted", file=sys.stderr)
+            with contextlib.suppress(OSError):  # of `2>&1 | tee log`, which had the same Ctrl-C
+                print("interrupted", file=sys.stderr)
             return leaf.exit_code if isinstance(leaf, Interrupted) else 130
     if not all(isinstance(leaf, ProtegeError) for leaf in leaves):
         return None

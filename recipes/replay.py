@@ -3,8 +3,8 @@
     python -m recipes.replay model_name=./student teacher_model=./teacher saved=runs/mine
     python -m recipes.replay model_name=./student teacher_model=./teacher saved=runs/mine objective=jsd max_steps=1
 
-Step by step as the run had them, the teacher scores its episodes anew. With the run's own options this trains what
-the run trained. (The reverse, sampling alone, is `rollouts_only=True` of any on-policy recipe.)
+Step by step as the run had them, the teacher scores its episodes anew. With the run's own options of training this
+trains what the run trained. (The reverse, sampling alone, is `rollouts_only=True` of any on-policy recipe.)
 """
 
 from __future__ import annotations

@@ -103,8 +103,8 @@ class DockerSandbox:
     async def _run(
         self, command: str, mark: str, key: ShellKey, timeout_s: float, limit: int, options: dict[str, Any]
     ) -> ExecResult:
-        stdout, stderr = HeadTail(limit), HeadTail(limit)
         for _ in range(SHELL_TRIES):
+            stdout, stderr = HeadTail(limit), HeadTail(limit)
             shell = await self._shell(key)
             started = time.monotonic()
             work = shell.run(command, stdout=stdout, stderr=stderr, mark=mark, **options)

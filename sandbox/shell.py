@@ -260,7 +260,7 @@ def line(
         f"{{ {{ {run}; }} {source} 1>&98 2>&99 98>&- 99>&-; }} 98>&1 99>&2; "
         f"{{ {status}=$?; \\builtin set +exuv; \\builtin trap - DEBUG ERR RETURN; {back}}} >&- 2>&-\n"
         f'\\builtin printf "%s%s%s\\0%s%s" {halves} "${status}" {halves}; \\builtin printf %s%s {halves} >&2\n'
-        f"\\builtin unset {status}\n"
+        f"\\builtin unset {status} {text} {given}\n"
     )
 
 
@@ -274,8 +274,10 @@ def script_line(script: str, token: str) -> str:
 
 
 def sent_ahead(written: str, name: str) -> str:
-    """Lines that make `name` hold `written`, which is ASCII: `read` counts characters. A command may have set TMOUT."""
-    return f"TMOUT= \\builtin read -r -N {len(written)} {name}\n{written}\n"
+    """Lines that make `name` hold `written`, which is ASCII: `read` counts characters. Commands before may have set
+    TMOUT, readonly even, which bash complains of, or a trap that ends `read`: the rest would be run as commands."""
+    read = f"{{ TMOUT= \\builtin read -r -N {len(written)} {name}; }} 2>/dev/null || \\builtin exit"
+    return f"{read}\n{written}\n"
 
 
 def escaped(data: bytes) -> str:

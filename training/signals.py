@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -58,8 +59,9 @@ async def cancelled_at_signals(say: Callable[[str], object]) -> AsyncIterator[In
     interruption, scope, loop = Interruption(), anyio.CancelScope(), asyncio.get_running_loop()
 
     def cancel() -> None:
-        say(STOPPING)
         scope.cancel()
+        with contextlib.suppress(OSError):  # of `| tee log`, which had the same Ctrl-C
+            say(STOPPING)
 
     def stop(number: int) -> None:
         interruption.number = number

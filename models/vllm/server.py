@@ -29,6 +29,7 @@ UPDATE_S = 1800.0  # of a request that takes new weights
 WORKERS_ANSWER = ("/collective_rpc", "/init_weight_transfer_engine", "/shutdown_weight_transfer_engine",
                   "/start_weight_update", "/update_weights", "/finish_weight_update")  # fmt: skip
 """500 from these is what a worker says, and no reason to ask again."""
+LOOK_S = 10.0  # between two looks at a server that takes new weights
 RESUME_PAUSES_S = (0.2, 1.0)  # after the first and the second try
 
 
@@ -113,11 +114,35 @@ class ServerEngine:
             try:
                 if self._sender is None or await self.label() != self._sent:  # none, or another one since then
                     self._sender = await self._connect(self._transfer)
-                await self._sender.send(source)
+                await self._send(self._sender, source)
                 self._sent = label
             except BaseException:
                 await self._disconnect()
                 raise
+
+    async def _send(self, sender: Sender, source: WeightSource) -> None:
+        """And look after the server meanwhile: of one whose machine is gone nothing else would tell."""
+        failure: Exception | None = None
+        async with anyio.create_task_group() as tasks:
+
+            async def look() -> None:
+                nonlocal failure
+                try:
+                    while True:
+                        await anyio.sleep(LOOK_S)
+                        await self.check_alive()
+                except Transient as error:
+                    failure = error
+                    tasks.cancel_scope.cancel()
+
+            tasks.start_soon(look)
+            try:
+                await sender.send(source)
+            except (ProtegeError, Transient) as error:  # as itself, not in a group
+                failure = error
+            tasks.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
 
     async def _connect(self, backend: str) -> Sender:
         await self._disconnect()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import importlib
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Mapping
@@ -63,12 +64,14 @@ class Sender:
         self._client = _Client(call)
         self._half: Any = None
         self._sending: asyncio.Future[None] | None = None
+        self._closed = False
         self._lock = threading.Lock()
 
     async def send(self, source: WeightSource) -> None:
         """Raises what the engine raises, else `ProtegeError`. Cancelled, it breaks the transfer off."""
+        tensors: dict[str, Tensor] = {}
         try:
-            tensors = await compute(_settled, source)
+            tensors |= await compute(_settled, source)
             refused = self._client.attend()
             self._sending = sent = _in_thread(self._send, tensors)
             await asyncio.wait([sent, refused], return_when=asyncio.FIRST_COMPLETED)
@@ -86,16 +89,21 @@ class Sender:
                 f"{self._engine}: the weights could not be handed over by {self._name} ({type(error).__name__}: "
                 f"{error}). The run can be resumed, also with sampler.handover=folder"
             ) from error
+        finally:
+            tensors.clear()  # a copy of the weights, which a thread that is stuck, or a traceback, may still name
 
     async def close(self) -> None:
         """Frees what the transport holds, and whoever waits in it."""
+        if self._closed:
+            return
+        self._closed = True
         self._client.dismiss()
         ending = [_in_thread(self._shut_down), *([] if self._sending is None else [self._sending])]
         await asyncio.wait(ending, timeout=END_S)
 
     def _send(self, tensors: Mapping[str, Tensor]) -> None:
         """Blocks, in a collective perhaps for ever: in a thread of its own."""
-        source = _vllm_source(tensors)
+        source = _source_class()(tensors, self._client)
         try:
             if (device := next(iter(tensors.values())).device).type == "cuda":
                 torch.cuda.set_device(device)
@@ -106,7 +114,6 @@ class Sender:
             half = self._half
             half.source = source
             half.send_weights()
-            half.source = None  # a copy of the weights
         except BaseException:
             self._shut_down()
             raise
@@ -139,6 +146,11 @@ class _Client:
         for call in list(self._waiting):
             call.cancel()
 
+    def check(self) -> None:
+        """Raises RuntimeError once it is dismissed."""
+        if self._loop is None:
+            raise RuntimeError("the transfer was broken off")
+
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self._wait("init_weight_transfer_engine", init_info)
 
@@ -153,10 +165,13 @@ class _Client:
         self._wait("finish_weight_update")
 
     def _wait(self, method: str, *argument: Any) -> None:
-        if (loop := self._loop) is None:
-            raise RuntimeError("the transfer was broken off")
+        self.check()
+        loop = self._loop
+        assert loop is not None
         call = asyncio.run_coroutine_threadsafe(self._made(method, *argument), loop)
         self._waiting.add(call)
+        if self._loop is None:  # dismissed meanwhile
+            call.cancel()
         try:
             call.result()
         finally:
@@ -189,27 +204,38 @@ def _in_thread(function: Callable[..., None], *arguments: Any) -> asyncio.Future
             done.set_result(None) if error is None else done.set_exception(error)
 
     def run() -> None:
-        error = None
         try:
             function(*arguments)
-        except Exception as raised:
-            error = raised
+            result = None
+        except Exception as error:
+            result = error
         with contextlib.suppress(RuntimeError):  # the loop is closed: the run has ended meanwhile
-            loop.call_soon_threadsafe(settle, error)
+            loop.call_soon_threadsafe(settle, result)
+        result = None  # it names this frame
 
     done.add_done_callback(lambda done: done.exception())  # else asyncio says that nobody asked for it
     threading.Thread(target=run, name="weight transfer", daemon=True).start()
     return done
 
 
-def _vllm_source(tensors: Mapping[str, Tensor]) -> Any:
+@functools.cache
+def _source_class() -> Any:
+    """Not at the top: the rest of Protege runs without vLLM."""
     base = importlib.import_module("vllm.distributed.weight_transfer.base")
 
     class Source(base.WeightSource):
+        def __init__(self, tensors: Mapping[str, Tensor], client: _Client) -> None:
+            self._tensors, self._client = tensors, client
+
         def metadata(self) -> list[Any]:
-            return [base.ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+            return [base.ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()]
 
         def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-            return iter(tensors.items())
+            """Ends with an error when the transfer is broken off: what is not sent yet would go into a communicator
+            that is being aborted."""
+            for name, tensor in self._tensors.items():
+                self._client.check()
+                yield name, tensor
+            self._client.check()
 
-    return Source()
+    return Source

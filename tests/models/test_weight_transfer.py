@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ from typing import Any
 
 import anyio
 import pytest
+import torch
 from scripted_vllm import Weights
 
 from errors import ProtegeError
@@ -91,6 +94,7 @@ def halves(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Half]]:
             made.append(Half(client, source, info, cls.collective))
             return made[-1]
 
+    transfer._source_class.cache_clear()
     base = SimpleNamespace(WeightSource=object, ParamMeta=lambda name, *rest: SimpleNamespace(name=name))
     prefix = "vllm.distributed.weight_transfer"
     monkeypatch.setitem(sys.modules, f"{prefix}.base", base)  # type: ignore[arg-type]
@@ -106,6 +110,7 @@ def halves(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Half]]:
     yield made
     for half in made:
         half.freed.set()
+    transfer._source_class.cache_clear()
 
 
 @dataclass
@@ -130,7 +135,6 @@ async def test_the_halves_meet_once_and_keep_no_weights_between_two_transfers(ha
     engine = Engine()
     sender = Sender("here", "half", engine.call, master_port=7)
     await sender.send(Weights())
-    assert halves[0].source is None
     await sender.send(Weights())
     (half,) = halves
     assert half.meeting == {"packed": True, "master_port": 7} and half.sent == [["value"]] * 2
@@ -138,6 +142,53 @@ async def test_the_halves_meet_once_and_keep_no_weights_between_two_transfers(ha
     assert engine.calls == [("init_weight_transfer_engine", {"told": half.meeting}), *update, *update]
     await sender.close()
     assert half.down.is_set()
+
+
+@pytest.mark.parametrize("collective", [joined, lost, for_ever])
+async def test_no_copy_of_the_weights_outlives_its_transfer(
+    halves: list[Half], monkeypatch: pytest.MonkeyPatch, collective: Any
+):
+    of(monkeypatch, collective)
+    kept: list[Any] = []
+
+    class Watched(Weights):
+        def tensors(self) -> dict[str, torch.Tensor]:
+            tensors = super().tensors()
+            kept.append(weakref.ref(tensors["value"]))
+            return tensors
+
+    async def dies() -> None:
+        raise Unreachable("here cannot be reached")
+
+    sender = Sender("here", "half", Engine(update=None if collective is joined else dies).call)
+    gc.disable()
+    try:
+        with contextlib.suppress(Unreachable):
+            await sender.send(Watched())
+        assert [ref() for ref in kept] == [None]
+    finally:
+        gc.enable()
+
+
+async def test_what_is_not_sent_when_a_transfer_is_broken_off_is_never_sent(
+    halves: list[Half], monkeypatch: pytest.MonkeyPatch
+):
+    """vLLM's half goes on with the next part when the abort has freed it: with a communicator that is gone."""
+    parts: list[str] = []
+
+    def goes_on(half: Half) -> None:
+        half.down.wait(30)
+        parts.extend(name for name, _ in half.source)
+
+    of(monkeypatch, goes_on)
+
+    async def dies() -> None:
+        raise Unreachable("here cannot be reached")
+
+    with pytest.raises(Unreachable):
+        await Sender("here", "half", Engine(update=dies).call).send(Weights())
+    await _until(lambda: not _threads())
+    assert parts == []
 
 
 async def test_a_server_that_dies_in_the_midst_frees_who_waits_for_it(
