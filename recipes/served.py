@@ -7,7 +7,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import anyio
 import chz
+import httpx2
 import torch
 
 from errors import ConfigError
@@ -23,6 +25,7 @@ from recipes.tokens import check_one_place, read_token
 from recipes.urls import check_url
 
 logger = logging.getLogger(__name__)
+FIRST_ANSWER_S = 10.0
 
 
 @chz.chz
@@ -78,8 +81,28 @@ class Served:
 
 async def find(access: Access, served_model: str | None, option: str) -> vllm.VllmServer | OwnService:
     """What answers at a teacher's address. Raises `ConfigError`."""
+    for url in access.urls:
+        await _check_that_it_answers(access, url, option)
     own = await own_service.find(access, served_model, option)
     return own or await vllm.describe(access, served_model, option)
+
+
+async def _check_that_it_answers(access: Access, url: str, option: str) -> None:
+    """Anything at all: a server says at once that it lives, while what comes later may take its time.
+
+    Raises `ConfigError`. An address where nobody listens is named by what asks there next."""
+    limit_s = min(FIRST_ANSWER_S, access.timeout_s)
+    try:
+        with anyio.fail_after(limit_s):
+            async with ServerPool(access).client() as client, client.stream("GET", f"{url}/health"):
+                pass
+    except (TimeoutError, httpx2.TimeoutException):
+        raise ConfigError(
+            f"{option}url={url}: nothing was answered for {limit_s:g} s, not even to /health. The server is "
+            "frozen, or something else is at that address: start it again, or correct the address"
+        ) from None
+    except httpx2.RequestError:
+        pass
 
 
 async def check_fit(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from errors import ConfigError, NoSignalError, TokenizerMismatchError, UserError
 from models.server_pool import ServerPool
 from recipes import capture_teacher, evaluate, on_policy_multi_teacher, replay
+from recipes import served as served_options
 from recipes.cli import parse_config
 from tests.models.scripted_teacher import ScriptedTeacher
 from tests.models.tiny import plain_logits
@@ -163,6 +166,28 @@ def test_a_dead_server_is_refused_before_weights_are_loaded(tmp_path: Path, stud
     with captured_engines() as engines, pytest.raises(ConfigError, match=says):
         served(tmp_path / "run", student, server, **REVERSE_KL)
     assert not engines
+
+
+def test_an_address_that_takes_connections_and_says_nothing_is_named_soon(
+    tmp_path: Path, student: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(served_options, "FIRST_ANSWER_S", 0.3)
+    started = time.monotonic()
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as frozen:
+        url = f"http://127.0.0.1:{frozen.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=f"teacher.url={url}: nothing was answered for 0.3 s, not even"):
+            run(tmp_path / "run", {"model_name": student}, **{"teacher.url": url, **REVERSE_KL})
+    assert time.monotonic() - started < 10 and not (tmp_path / "run").exists()
+
+
+def test_what_answers_at_once_may_score_slowly(
+    tmp_path: Path, student: str, server: ScriptedTeacher, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(served_options, "FIRST_ANSWER_S", 0.5)
+    server.delay_s = 1.0  # of every text that is scored
+    options = {"teacher.url": server.url, "dry_run": True, **REVERSE_KL}
+    run(tmp_path / "run", {"model_name": student}, **options)
+    assert server.completions
 
 
 def test_another_tokenizer_than_the_servers_is_refused(tmp_path: Path, models: Models, teacher: str):
