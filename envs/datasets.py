@@ -19,7 +19,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -46,6 +46,12 @@ class Row:
     expected_answer: str | None = None
     completion: str | None = None  # a reference answer to `messages`
     teacher_hints: tuple[TeacherHint, ...] = ()  # in episodes of several turns
+    source: str | None = field(default=None, compare=False)  # file and line, where it comes from a file here
+
+    @property
+    def place(self) -> str:
+        """Its id, and where it is, for errors."""
+        return self.row_id if self.source is None else f"{self.row_id} ({self.source})"
 
 
 @dataclass(frozen=True)
@@ -215,7 +221,7 @@ def read_jsonl(path: str | Path, to_contract: Callable[[Record], Record | None] 
             if record is None:
                 left_out += 1
                 continue
-        row = parse_row(record, where, default_id=f"{path.stem}:{line}")
+        row = replace(parse_row(record, where, default_id=f"{path.stem}:{line}"), source=where)
         if row.row_id in line_of_id:
             raise DataError(f"{where}: id {row.row_id!r} was used on line {line_of_id[row.row_id]}")
         line_of_id[row.row_id] = line

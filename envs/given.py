@@ -44,7 +44,7 @@ def answered(rows: Sequence[Row], *, strict: bool, why: str) -> list[Row]:
     found = [row for row in rows if row.completion is not None]
     missing = next((row for row in rows if row.completion is None), None)
     if missing is not None and (strict or not found):
-        raise DataError(f"{missing.row_id}: has no completion, {why}")
+        raise DataError(f"{missing.place}: has no completion, {why}")
     if missing is not None:
         gone = len(rows) - len(found)
         logger.warning("left out %d rows without a completion, the first is %s", gone, missing.row_id)
@@ -76,11 +76,11 @@ def given_answer(row: Row, renderer: Renderer, *, dataset: str, teacher: str, ma
 
     Raises `DataError` if there is no completion, or if the prompt leaves it no room."""
     if row.completion is None:
-        raise DataError(f"{row.row_id}: has no completion, which is what there is to learn")
+        raise DataError(f"{row.place}: has no completion, which is what there is to learn")
     prompt = list(renderer.prompt(row.messages))
     answer = answer_ids(renderer, row.completion)
     if len(prompt) >= max_length:
-        raise DataError(f"{row.row_id}: its prompt has {len(prompt)} tokens, which leaves no room in {max_length}")
+        raise DataError(f"{row.place}: its prompt has {len(prompt)} tokens, which leaves no room in {max_length}")
     ids = [*prompt, *answer][:max_length]
     return GivenEpisode(
         dataset=dataset,

@@ -232,11 +232,9 @@ def _rows(config: Config) -> Dataset:
     for row in data.train:
         teacher = config.as_training().teacher_name
         if row.teacher not in (None, teacher):
-            raise DataError(f"{row.row_id}: its teacher is {row.teacher!r}, this capture is of {teacher!r}")
+            raise DataError(f"{row.place}: its teacher is {row.teacher!r}, this capture is of {teacher!r}")
         if config.completions == "given" and row.completion is None:
-            raise DataError(
-                f"{row.row_id}: has no completion. Give one, or let the teacher answer: completions=teacher"
-            )
+            raise DataError(f"{row.place}: has no completion. Give one, or let the teacher answer: completions=teacher")
     return data
 
 
@@ -285,7 +283,7 @@ def _check_lengths(config: Config, checked: Checked) -> None:
             length = max(map(len, prompts)) + answer
         if length > limit:
             raise DataError(
-                f"{row.row_id}: {length} tokens with its answer; {checked.models.context_limit}. "
+                f"{row.place}: {length} tokens with its answer; {checked.models.context_limit}. "
                 "Shorten it or leave it out"
             )
 

@@ -162,7 +162,7 @@ def check(config: Config) -> Checked:
     for row in (*data.train, *data.test):
         if row.teacher not in (None, config.teacher_name):
             raise DataError(
-                f"{row.row_id}: its teacher is {row.teacher!r}, this run has only {config.teacher_name!r}. "
+                f"{row.place}: its teacher is {row.teacher!r}, this run has only {config.teacher_name!r}. "
                 "Remove the key, or use recipes.on_policy_multi_teacher"
             )
     models = setup.check_models(config)

@@ -167,7 +167,7 @@ def refuse_hints(rows: Sequence[Row]) -> None:
     for row in rows:
         if row.teacher_hints:
             raise DataError(
-                f"{row.row_id}: has teacher_hints, which come after a turn, and here an episode is one turn. "
+                f"{row.place}: has teacher_hints, which come after a turn, and here an episode is one turn. "
                 "Say it in teacher_messages, or use an environment of several turns (recipes.tool_env)"
             )
 
@@ -217,7 +217,7 @@ def check_prompt_lengths(
             if size > limit and (tokens := len(renderer.prompt(messages))) > limit:
                 if not drop:
                     raise DataError(
-                        f"{row.row_id}: its prompt has {tokens} tokens, the longest allowed is {limit} ({why}). "
+                        f"{row.place}: its prompt has {tokens} tokens, the longest allowed is {limit} ({why}). "
                         f"Shorten it, or {', or '.join(ways_out)}"
                     )
                 return True

@@ -71,7 +71,7 @@ def without_foreign_tokens(row: Row, sampled: Sampled, foreign: frozenset[int], 
     text = teacher.tokenizer.decode([sampled.token_ids[length]])
     if length == 0:
         raise DataError(
-            f"{row.row_id}: the teacher's answer begins with {text!r}, a token that the student does not have. Have "
+            f"{row.place}: the teacher's answer begins with {text!r}, a token that the student does not have. Have "
             "the teacher answer otherwise (teacher_chat_template_kwargs, e.g. without thinking; teacher_messages), or "
             "capture given completions"
         )

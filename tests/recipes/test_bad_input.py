@@ -190,7 +190,9 @@ def test_hints_on_the_way_where_an_episode_is_one_turn(
 ):
     file = write(tmp_path / "rows.jsonl", GOOD, {**GOOD, "teacher_hints": [{"messages": GOOD["messages"]}]})
     argv = tiny_models.argv(tmp_path / "run", models, dataset=file, eval_size=0)
-    assert_refused(capfd, tmp_path, argv, "rows:2: has teacher_hints, which come after a turn", "teacher_messages")
+    assert_refused(
+        capfd, tmp_path, argv, f"rows:2 ({file}:2): has teacher_hints, which come after a turn", "teacher_messages"
+    )
 
 
 def test_a_file_without_rows_or_with_fewer_than_are_held_out(
@@ -215,7 +217,7 @@ def test_a_prompt_longer_than_the_budget(side: str, capfd: pytest.CaptureFixture
     file = write(tmp_path / "rows.jsonl", *rows)
     argv = tiny_models.argv(tmp_path / "run", models, dataset=file, **options)
     err = assert_refused(capfd, tmp_path, argv, "its prompt has 1", "the longest allowed is 122", "long_prompts=drop")
-    assert ("error: 0:" if "system" in side else "error: 3:") in err
+    assert (f"error: 0 ({file}:1):" if "system" in side else f"error: 3 ({file}:4):") in err
     limited = [*argv[:-1], argv[-1].split("=")[0] + "=1", "max_prompt_tokens=8"]
     err = assert_refused(capfd, tmp_path, limited, "the longest allowed is 8 (max_prompt_tokens=8)")
     assert "raise max_prompt_tokens" in err and "max_tokens=" not in err.replace("max_prompt_tokens=", "")
@@ -413,4 +415,4 @@ def test_a_checkpoint_that_cannot_be_written_is_one_message(
 def test_a_row_that_names_another_teacher(capfd: pytest.CaptureFixture[str], tmp_path: Path, models: Models):
     file = write(tmp_path / "rows.jsonl", GOOD, {**GOOD, "id": "b", "teacher": "nobody"})
     argv = tiny_models.argv(tmp_path / "run", models, dataset=file, eval_size=0)
-    assert_refused(capfd, tmp_path, argv, "b: its teacher is 'nobody'", "Remove the key")
+    assert_refused(capfd, tmp_path, argv, f"b ({file}:2): its teacher is 'nobody'", "Remove the key")

@@ -96,7 +96,7 @@ def test_a_given_answer_is_cut_where_an_attempt_would_be(tmp_path: Path, models:
         ({"objective": "kd", "lmbda": 0.0, "beta": 0.5}, ("objective=kd has no beta",)),
         ({"objective": "reverse_kl", "loss_temperature": 2.0}, ("has no loss_temperature", "objective=jsd")),
         ({"objective": "jsd", "lmbda": 1.5}, ("lmbda=1.5: expected a probability",)),
-        ({"objective": "jsd", "lmbda": 0.5}, ("rows:2: has no completion", "set lmbda=1")),
+        ({"objective": "jsd", "lmbda": 0.5}, ("rows.jsonl:2): has no completion", "set lmbda=1")),
     ],
 )
 def test_what_cannot_be_is_named_before_anything_is_loaded(

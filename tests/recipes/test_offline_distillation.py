@@ -402,9 +402,9 @@ def test_another_capture_under_the_same_name_is_another_run(
 
 
 CAPTURES: dict[str, tuple[dict[str, Any], list[dict[str, Any]], tuple[str, ...]]] = {
-    "no answer": ({}, [{"id": "x", "messages": ANSWERS[0]["messages"]}], ("x: has no completion", "=teacher")),
-    "too long": ({}, [{**ANSWERS[0], "completion": "1+" * 80}], ("r0: 1", "context is 128")),
-    "another teacher": ({}, [{**ANSWERS[0], "teacher": "big"}], ("r0: its teacher is 'big'",)),
+    "no answer": ({}, [{"id": "x", "messages": ANSWERS[0]["messages"]}], ("l:1): has no completion", "=teacher")),
+    "too long": ({}, [{**ANSWERS[0], "completion": "1+" * 80}], ("r0 (", "answers.jsonl:1): 1", "context is 128")),
+    "another teacher": ({}, [{**ANSWERS[0], "teacher": "big"}], ("r0 (", "answers.jsonl:1): its teacher is 'big'",)),
     "longest of given answers": ({"max_tokens": 3}, ANSWERS, ("max_tokens is of completions=teacher",)),
     "saved where": ({"completions": "saved"}, ANSWERS, ("episodes_path", "go together")),
     "nothing saved": (
