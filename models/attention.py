@@ -23,9 +23,20 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from errors import ModelError
+from errors import ConfigError, ModelError
 
 NAME = "protege"
+
+
+def implementation(option: str) -> str:
+    """transformers' name for what an option `attn_implementation` asks for. Raises `ConfigError` for a name that no
+    model has; whether a model and this machine have it, loading tells."""
+    if option == "auto":
+        return NAME
+    known = sorted({"eager", *(name for name in AttentionInterface().valid_keys() if "|" not in name and name != NAME)})
+    if option not in known and "/" not in option:  # kernels of the hub have a repository's name
+        raise ConfigError(f"attn_implementation={option}: expected auto, {', '.join(known)}, or a kernel's hub id")
+    return option
 
 
 class Layout(Protocol):

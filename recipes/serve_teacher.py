@@ -93,6 +93,7 @@ class Config:
 
     @chz.validate
     def _check(self) -> None:
+        attention.implementation(self.attn_implementation)
         check_at_least(
             self,
             {"port": 0, "max_top_k": 1, "max_request_tokens": 1, "max_waiting_requests": 1, "max_waiting_tokens": 1},
@@ -197,7 +198,7 @@ def _checkpoint(config: Config, source: ModelSource, weights: str, device: torch
         if weights_fingerprint(source) != weights:
             raise ModelError(f"{source.name}: its files have changed since the service was started; start it again")
         use_fast_exact_matmul()
-        implementation = attention.NAME if config.attn_implementation == "auto" else config.attn_implementation
+        implementation = attention.implementation(config.attn_implementation)
         model = load_model(source, dtype=dtype, device=device, attn_implementation=implementation)
         model.requires_grad_(False)
         return CausalLM.verified(model, compute_dtype=dtype)

@@ -100,6 +100,7 @@ def check_models(config: StudentConfig, *, tools: bool = False) -> CheckedModels
     device = default_device(config.device)
     check_installed(config.sampler)
     check_handover(config.sampler, device, lora_rank=config.lora_rank)
+    attention.implementation(config.attn_implementation)
     student, adapter = student_source(config)
     check_source(student)
     student_renderer = renderer_for(student, config.student_template_kwargs(), config.system_prompt or None)
@@ -362,7 +363,7 @@ def _scorer_options(config: StudentConfig, models: CheckedModels) -> dict[str, A
 
 def load_lm(config: StudentConfig, models: CheckedModels, source: ModelSource, dtype: torch.dtype) -> CausalLM:
     use_fast_exact_matmul()
-    implementation = attention.NAME if config.attn_implementation == "auto" else config.attn_implementation
+    implementation = attention.implementation(config.attn_implementation)
     model = load_model(source, dtype=dtype, device=models.device, attn_implementation=implementation)
     _mend_generation_config(model)
     return CausalLM.verified(model, compute_dtype=models.compute_dtype)

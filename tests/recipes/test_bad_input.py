@@ -109,7 +109,9 @@ OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "template kwargs of the teacher": ({"teacher_chat_template_kwargs": "[1]"}, ("expected a JSON object",)),
     "device": ({"device": "abacus"}, ("device=abacus", "expected auto, cpu")),
     "tracker": ({"trackers": "tensorbord"}, ("trackers=tensorbord", "Did you mean tensorboard?")),
-    "attention": ({"attn_implementation": "flash_attention_9"}, ("flash_attention_9",)),
+    "attention": (
+        {"attn_implementation": "flash_attention_9", "dry_run": True}, ("flash_attention_9", "auto, eager")
+    ),
     "context": ({"max_tokens": 200}, ("max_tokens=200", "128 tokens")),
 }  # fmt: skip
 
