@@ -74,7 +74,7 @@ class ScriptedSandbox:
         if command.startswith("/tests/test.sh"):
             self.events.append(f"tests as {user}")
             return self.tests(self, call)
-        if command.startswith("rm -rf /tests /logs/verifier"):
+        if command.startswith("rm -rf /tests ") and "/logs/verifier" in command:
             self.events.append("wiped")
             self.files = {p: c for p, c in self.files.items() if not p.startswith(("/tests/", "/logs/verifier/"))}
             return result()
