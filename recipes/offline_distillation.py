@@ -28,7 +28,8 @@ from recipes import setup
 from recipes.cli import run_cli
 from recipes.config import check_objective_options
 from recipes.memory import memory_lines
-from recipes.student_config import StudentConfig, check_at_least
+from recipes.sampler_config import TransformersConfig
+from recipes.student_config import StudentConfig, check_at_least, refuse_given
 from recipes.training_run import TrainingRun, train
 from training.capture import Capture, CapturedScorer, CaptureHeader
 from training.capture_files import read_capture, read_header
@@ -39,9 +40,6 @@ from training.objectives import Objective
 from training.trackers import check_trackers
 
 logger = logging.getLogger(__name__)
-
-_NOT_HERE = ("max_tokens", "sampler", "sampler_slots", "eval_every")
-"""Options of every student that have no meaning where nothing is sampled."""
 
 
 @chz.chz
@@ -79,10 +77,10 @@ class Config(StudentConfig):
             )
         if self.objective == "kd" and self.support == "sampled":
             raise ConfigError("support=sampled: objective=kd takes the teacher's top k; leave support out")
-        fields = chz.chz_fields(StudentConfig)
-        for name in _NOT_HERE:
-            if getattr(self, name) != fields[name]._default:
-                raise ConfigError(f"{name}: nothing is sampled here; leave it out, and measure with recipes.evaluate")
+        why = "nothing is sampled here; leave it out, and measure with recipes.evaluate"
+        if self.sampler != TransformersConfig():
+            raise ConfigError(f"sampler: {why}")
+        refuse_given(self, ("max_tokens", "sampler_slots", "eval_every"), why)
         self.make_objective(captured=self.top_k or 2)
 
     def make_objective(self, captured: int) -> Objective:

@@ -138,7 +138,7 @@ def servers_of(config: SamplerConfig) -> list[str]:
 
 
 def check_installed(config: SamplerConfig) -> None:
-    """Raises `ConfigError` if vLLM is to run in this process and is not there."""
+    """Raises `ConfigError` if vLLM, or its half for NCCL, is to run in this process and is not there."""
     if not isinstance(config, VLLMConfig) or importlib.util.find_spec("vllm") is not None:
         return
     how = (

@@ -103,11 +103,11 @@ class StudentConfig:
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected 0 or more, and less than 1")
-        if self.lora_alpha is not None and self.lora_rank == 0:
-            raise ConfigError("lora_alpha is for LoRA: set lora_rank as well, or leave it out")
         if self.seed >= 2**63:
             raise ConfigError(f"seed={self.seed}: expected a number below 2**63")
         if self.lora_alpha is not None:
+            if self.lora_rank == 0:
+                raise ConfigError("lora_alpha is for LoRA: set lora_rank as well, or leave it out")
             check_positive("lora_alpha", self.lora_alpha)
 
     # --- what the options turn into

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -155,17 +155,25 @@ class Service:
         limit = OVERHEAD_BYTES + request_bytes(self._request_tokens)
         body = await read_body(request, max_bytes=limit, timeout_s=self.limits.read_timeout_s)
         asked, model = await anyio.to_thread.run_sync(self._understood, body)
-        release = self._hold(_size(asked, model))
-        try:
+
+        async def make() -> bytes:
             body = await unless_disconnected(request.receive, self._scores(asked, model))
             if body is None:
                 raise Refused(GONE, "the client is gone")
+            self._metrics.add("scored_tokens", asked.scored, model=model.info.name, need=asked.fields.need)
+            self._metrics.add("answer_bytes", len(body))
+            return body
+
+        return await self._answered(_size(asked, model), make)
+
+    async def _answered(self, size: int, make: Callable[[], Awaitable[bytes]]) -> _Answer:
+        """An answer of about `size` bytes, for which there is room until it is sent. Raises `Refused`."""
+        release = self._hold(size)
+        try:
+            return _Answer(await make(), self.limits.write_timeout_s, release)
         except BaseException:
             release()
             raise
-        self._metrics.add("scored_tokens", asked.scored, model=model.info.name, need=asked.fields.need)
-        self._metrics.add("answer_bytes", len(body))
-        return _Answer(body, self.limits.write_timeout_s, release)
 
     def _hold(self, size: int) -> Callable[[], None]:
         """Room for an answer, until what is returned is called. A single answer always has some. Raises `Refused`."""
@@ -253,15 +261,13 @@ class Service:
             scale=float(head.scale),
             softcap=head.softcap,
         )
-        release = self._hold(size)
-        try:
+
+        async def make() -> bytes:
             weight = await compute(lambda: raw(head.weight[start:end]))
             bias = None if head.bias is None else await compute(raw, head.bias[start:end])
-            body = await anyio.to_thread.run_sync(encode_head, fields, weight, bias)
-        except BaseException:
-            release()
-            raise
-        return _Answer(body, self.limits.write_timeout_s, release)
+            return await anyio.to_thread.run_sync(encode_head, fields, weight, bias)
+
+        return await self._answered(size, make)
 
     def metrics_text(self) -> str:
         """As Prometheus reads it."""

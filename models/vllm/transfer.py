@@ -146,10 +146,11 @@ class _Client:
         for call in list(self._waiting):
             call.cancel()
 
-    def check(self) -> None:
-        """Raises RuntimeError once it is dismissed."""
+    def check(self) -> asyncio.AbstractEventLoop:
+        """The loop that calls run on. Raises RuntimeError once it is dismissed."""
         if self._loop is None:
             raise RuntimeError("the transfer was broken off")
+        return self._loop
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self._wait("init_weight_transfer_engine", init_info)
@@ -165,9 +166,7 @@ class _Client:
         self._wait("finish_weight_update")
 
     def _wait(self, method: str, *argument: Any) -> None:
-        self.check()
-        loop = self._loop
-        assert loop is not None
+        loop = self.check()
         call = asyncio.run_coroutine_threadsafe(self._made(method, *argument), loop)
         self._waiting.add(call)
         if self._loop is None:  # dismissed meanwhile

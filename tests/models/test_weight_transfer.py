@@ -126,6 +126,11 @@ class Engine:
             await self.update()
 
 
+async def dies() -> None:
+    await anyio.sleep(0.05)  # later than the collective
+    raise Unreachable("here cannot be reached")
+
+
 def of(monkeypatch: pytest.MonkeyPatch, collective: Callable[[Half], None]) -> None:
     factory: Any = sys.modules["vllm.distributed.weight_transfer.factory"]
     monkeypatch.setattr(factory.WeightTransferTrainerFactory, "collective", staticmethod(collective))
@@ -157,9 +162,6 @@ async def test_no_copy_of_the_weights_outlives_its_transfer(
             kept.append(weakref.ref(tensors["value"]))
             return tensors
 
-    async def dies() -> None:
-        raise Unreachable("here cannot be reached")
-
     sender = Sender("here", "half", Engine(update=None if collective is joined else dies).call)
     gc.disable()
     try:
@@ -182,9 +184,6 @@ async def test_what_is_not_sent_when_a_transfer_is_broken_off_is_never_sent(
 
     of(monkeypatch, goes_on)
 
-    async def dies() -> None:
-        raise Unreachable("here cannot be reached")
-
     with pytest.raises(Unreachable):
         await Sender("here", "half", Engine(update=dies).call).send(Weights())
     await _until(lambda: not _threads())
@@ -197,10 +196,6 @@ async def test_a_server_that_dies_in_the_midst_frees_who_waits_for_it(
     """vLLM's half waits in the collective; the call that has failed is what tells."""
     of(monkeypatch, until_aborted)
 
-    async def dies() -> None:
-        await anyio.sleep(0.05)
-        raise Unreachable("here cannot be reached")
-
     started = time.monotonic()
     with pytest.raises(Unreachable, match="cannot be reached"):
         await Sender("here", "half", Engine(update=dies).call).send(Weights())
@@ -212,10 +207,6 @@ async def test_what_the_engine_says_goes_before_what_the_transport_says(
     halves: list[Half], monkeypatch: pytest.MonkeyPatch
 ):
     of(monkeypatch, lost)
-
-    async def dies() -> None:
-        await anyio.sleep(0.05)  # later than the collective
-        raise Unreachable("here cannot be reached")
 
     with pytest.raises(Unreachable):
         await Sender("here", "half", Engine(update=dies).call).send(Weights())
@@ -246,9 +237,6 @@ async def test_a_transfer_that_takes_too_long_is_broken_off(halves: list[Half], 
 async def test_a_transport_that_cannot_be_aborted_is_left_behind(halves: list[Half], monkeypatch: pytest.MonkeyPatch):
     """In a thread that does not keep this process from ending."""
     of(monkeypatch, for_ever)
-
-    async def dies() -> None:
-        raise Unreachable("here cannot be reached")
 
     started = time.monotonic()
     with pytest.raises(Unreachable):
