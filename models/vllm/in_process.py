@@ -27,6 +27,7 @@ from models.vllm.worker import EXTENSION
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for
 RESUME_S = 30.0  # an engine that takes longer has frozen
+LOOK_S = 0.5  # between two looks whether an engine that has not answered yet has died
 DEFAULTS = {
     "VLLM_LOGGING_LEVEL": "ERROR",  # it warns at every reload
     "VLLM_NO_USAGE_STATS": "1",
@@ -231,7 +232,14 @@ class InProcessEngine:
     async def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Of the engine. Raises `Unreachable`, `ProtegeError`."""
         try:
-            return await getattr(self._llm, method)(*args, **kwargs)
+            call = asyncio.ensure_future(getattr(self._llm, method)(*args, **kwargs))
+            try:
+                while not (await asyncio.wait([call], timeout=LOOK_S))[0]:
+                    if self._llm.errored:  # vLLM lets such a call wait for ever
+                        raise self._llm.dead_error
+                return call.result()
+            finally:
+                call.cancel()
         except Exception as error:
             self._raise_if_dead(error)
             raise ProtegeError(f"{self.name}: {method} failed: {error}") from error

@@ -643,6 +643,31 @@ async def test_an_engine_that_freezes_in_an_update_does_not_outlast_its_limit(mo
         task.cancel()
 
 
+async def test_an_engine_that_dies_in_an_update_is_not_waited_for(monkeypatch: pytest.MonkeyPatch):
+    """vLLM never answers a call that its engine's death has left open."""
+
+    class Dying:
+        errored, dead_error = False, RuntimeError("EngineCore died")
+
+        async def pause_generation(self, **_: Any) -> None: ...
+
+        async def collective_rpc(self, *_: Any, **__: Any) -> None:
+            asyncio.get_running_loop().call_later(0.05, setattr, self, "errored", True)
+            await anyio.sleep_forever()
+
+        async def resume_generation(self) -> None:
+            await anyio.sleep_forever()
+
+    monkeypatch.setattr("models.vllm.in_process.LOOK_S", 0.01)
+    engine = InProcessEngine(EngineOptions("float32", 4))
+    monkeypatch.setattr(engine, "_llm", Dying())
+    before = asyncio.all_tasks()
+    with anyio.fail_after(10), pytest.raises(Unreachable, match="has died"):
+        await engine.reload(Path("m"), "label")
+    await anyio.sleep(0)
+    assert asyncio.all_tasks() == before
+
+
 def test_what_an_engine_here_is_told():
     told = EngineOptions("bfloat16", 64, 4096, 0.4, lora_rank=20, sleeps=True).arguments(Path("m"))
     assert (told["logprobs_mode"], told["generation_config"]) == ("processed_logprobs", "vllm")

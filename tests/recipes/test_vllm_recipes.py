@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -87,6 +89,12 @@ def in_a_group_of_its_own() -> None:
     os.setsid()
 
 
+def start_run(folder: Path, models: dict[str, str], first: Callable[[], None]) -> BaseProcess:
+    """Without an end, on an engine of its own."""
+    options = {**OPTIONS, "max_steps": 1000, "sampler": "vllm", "sampler__enforce_eager": True}
+    return tiny_models.start(tiny_models.argv(folder / "run", models, **options), folder / "output", first=first)
+
+
 @pytest.mark.parametrize("when", ["while it starts", "in a step"])
 def test_an_engine_ends_with_a_run_of_an_adapter_that_is_killed(tmp_path: Path, models: dict[str, str], when: str):
     options = {**OPTIONS, "max_steps": 1000, "sampler": "vllm", "sampler__enforce_eager": True, "lora_rank": 4}
@@ -112,18 +120,62 @@ def test_an_engine_ends_with_a_run_of_an_adapter_that_is_killed(tmp_path: Path, 
 
 
 def test_a_signal_to_the_run_and_its_engine_loses_no_finished_step(tmp_path: Path, models: dict[str, str]):
-    options = {**OPTIONS, "max_steps": 1000, "sampler": "vllm", "sampler__enforce_eager": True}
-    command = tiny_models.argv(tmp_path / "run", models, **options)
-    process = tiny_models.start(command, tmp_path / "output", first=in_a_group_of_its_own)
+    process = start_run(tmp_path, models, in_a_group_of_its_own)
     until(lambda: steps_done(tmp_path / "run") >= 2 or process.exitcode is not None)
     assert process.exitcode is None and process.pid is not None, (tmp_path / "output").read_text()
     started = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGTERM)
-    assert tiny_models.finish(process, 200) == 143, (tmp_path / "output").read_text()
+    assert tiny_models.finish(process) == 143, (tmp_path / "output").read_text()
     steps = len(training_rows(tmp_path / "run"))
     assert tiny_models.final(tmp_path / "run").name == f"step_{steps:06d}"
     assert not tiny_models.leftovers(tmp_path / "run")
     until(lambda: not [p for p in started if _runs(p)])
+
+
+def in_the_third_update(act: Callable[[], object]) -> None:
+    """Of the weights, while the engine reads them: after two steps."""
+    call, updates = InProcessEngine._call, []
+
+    async def acting(self: InProcessEngine, method: str, *args: Any, **kwargs: Any) -> Any:
+        if "reload_weights" in args:
+            updates.append(args)
+            if len(updates) == 3:
+                asyncio.get_running_loop().call_soon(act)
+        return await call(self, method, *args, **kwargs)
+
+    InProcessEngine._call = acting  # type: ignore[method-assign]
+
+
+def kill_the_engine() -> None:
+    for process in psutil.Process().children(recursive=True):
+        if "VLLM" in process.name():
+            process.kill()
+
+
+def whose_engine_is_killed() -> None:
+    in_the_third_update(kill_the_engine)
+
+
+def whose_group_has_a_signal() -> None:
+    in_a_group_of_its_own()
+    in_the_third_update(lambda: os.killpg(0, signal.SIGTERM))
+
+
+def test_an_engine_that_is_killed_while_it_takes_weights_ends_the_run(tmp_path: Path, models: dict[str, str]):
+    process = start_run(tmp_path, models, whose_engine_is_killed)
+    assert tiny_models.finish(process) == 1, (tmp_path / "output").read_text()
+    said = (tmp_path / "output").read_text().splitlines()
+    assert "no engine is left" in said[-1] and "while it took new weights" in said[-1]
+    assert not [line for line in said if line.startswith("Traceback")]
+    assert len(training_rows(tmp_path / "run")) == 2
+    assert not tiny_models.leftovers(tmp_path / "run")
+
+
+def test_a_signal_to_the_run_and_its_engine_while_it_takes_weights(tmp_path: Path, models: dict[str, str]):
+    process = start_run(tmp_path, models, whose_group_has_a_signal)
+    assert tiny_models.finish(process) == 143, (tmp_path / "output").read_text()
+    assert tiny_models.final(tmp_path / "run").name == "step_000002"
+    assert not tiny_models.leftovers(tmp_path / "run")
 
 
 def test_an_engine_that_does_not_start_leaves_nothing(tmp_path: Path, models: dict[str, str]):

@@ -7,6 +7,7 @@ everything already, so that a run which is killed twenty times costs no imports.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import importlib
 import json
@@ -16,6 +17,7 @@ import shutil
 import signal
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -121,6 +123,7 @@ def captured_engines() -> Iterator[list[Engines]]:
 
 # --- in another process
 
+_outputs: weakref.WeakKeyDictionary[BaseProcess, Path] = weakref.WeakKeyDictionary()
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["pytest", "recipes.on_policy_distillation"])  # by names that it finds: installed ones
 
@@ -139,12 +142,14 @@ def start(
     function of a test module that it calls before anything else."""
     process = _SERVER.Process(target=_child, args=(list(argv), str(output), interrupt, recipe, first))
     process.start()
+    _outputs[process] = output
     return process
 
 
 def _child(
     argv: list[str], output: str, interrupt: tuple[str, int] | None, recipe: str, first: Callable[[], None] | None
 ) -> None:
+    faulthandler.enable()  # see `finish`
     gc.freeze()  # what the server imported stays: it is not looked at, and so not copied
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started deaf to Ctrl-C
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -210,9 +215,12 @@ def _interrupt_in(phase: str, step: int) -> None:
 def finish(process: BaseProcess, timeout_s: float = 120) -> int:
     process.join(timeout_s)
     if process.exitcode is None:
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGABRT)  # it says where each of its threads is
+        process.join(10)
         process.kill()
         process.join()
-        raise TimeoutError(f"the run did not end within {timeout_s} s")
+        raise TimeoutError(f"the run did not end within {timeout_s} s:\n{_outputs[process].read_text()}")
     return process.exitcode
 
 
