@@ -193,12 +193,16 @@ class Turn:
     weight_version: int = 0  # that drew its first token; weights may change while a turn is being sampled
 
 
+LOGPROB_ROUNDING = 1e-3  # nats above 0 that an engine's arithmetic may make of a probability of 1
+
+
 @dataclass(frozen=True, eq=False)
 class Episode:
     """One finished attempt: a token log with aligned streams of length T.
 
-    Invariants, checked: `sampled` is True exactly on the turns' spans; `sampler_logprobs` is finite
-    there and NaN elsewhere; token 0 is never sampled (nothing predicts it).
+    Invariants, checked: turns follow one another, and `sampled` is True exactly on their spans;
+    `sampler_logprobs` are logarithms of probabilities there and NaN elsewhere; token 0 is never
+    sampled (nothing predicts it).
     """
 
     dataset: str
@@ -219,9 +223,13 @@ class Episode:
     teacher_hints: tuple[TeacherHint, ...] = ()
 
     def __post_init__(self) -> None:
-        mask = np.zeros(len(self.token_ids), dtype=bool)
+        mask, after = np.zeros(len(self.token_ids), dtype=bool), 0
         for turn in self.turns:
-            mask[turn.start : turn.end] = True
+            if not after <= turn.start <= turn.end <= len(mask):
+                raise ValueError(
+                    f"a turn from {turn.start} to {turn.end}, after one that ends at {after}, of {len(mask)} tokens"
+                )
+            mask[turn.start : turn.end], after = True, turn.end
         if not (len(self.sampled) == len(self.sampler_logprobs) == len(mask)) or (mask != self.sampled).any():
             raise ValueError("the sampled mask does not match the turns' spans")
         if not mask.any() or mask[0]:
@@ -231,6 +239,8 @@ class Episode:
     def _check_logprobs(self) -> None:
         if (np.isfinite(self.sampler_logprobs) != self.sampled).any():
             raise ValueError("sampler logprobs must be finite on sampled tokens and NaN elsewhere")
+        if (above := self.sampler_logprobs[self.sampled].max()) > LOGPROB_ROUNDING:
+            raise ValueError(f"a sampler logprob of {above:g} is of no probability")
 
     def __len__(self) -> int:
         return len(self.token_ids)

@@ -72,6 +72,7 @@ def parse_config(config_class: type[ConfigT], argv: Sequence[str], *, presets: P
     given = _pairs(argv)
     blueprint = chz.Blueprint(config_class)
     preset = {} if presets is None else dict(presets(dict(given)))
+    _check_there(config_class, given)
     _check_entries(config_class, given, preset)
     blueprint.apply(preset, layer_name="preset")
     blueprint.apply_from_argv([f"{key}={value}" for key, value in given.items()])
@@ -105,6 +106,18 @@ def _pairs(argv: Sequence[str]) -> dict[str, str]:
     return pairs
 
 
+def _check_there(config_class: type, given: Mapping[str, str]) -> None:
+    """Raises `ConfigError` for an option that the class inherits and is `without`."""
+    absent = _absent(config_class)
+    for key, value in given.items():
+        if (name := key.partition(".")[0]) in absent:
+            raise ConfigError(f"{key}={value}: {absent[name]}")
+
+
+def _absent(config_class: type) -> Mapping[str, str]:
+    return config_class.without() if issubclass(config_class, Narrowed) else {}
+
+
 def _check_entries(config_class: type, given: Mapping[str, str], preset: Mapping[str, Any]) -> None:
     """Raises `ConfigError` unless the entries of every list are 0, 1, 2, …: chz would count up to the largest."""
     given = {key: value for key, value in given.items() if "..." not in key}  # chz's wildcards name no entry
@@ -126,6 +139,17 @@ def _check_entries(config_class: type, given: Mapping[str, str], preset: Mapping
 
 
 # Options
+
+
+@typing.runtime_checkable
+class Narrowed(typing.Protocol):
+    """A config class that inherits options which it has no use for. --help leaves them out, and one that is given is
+    refused."""
+
+    @staticmethod
+    def without() -> Mapping[str, str]:
+        """By name, what to tell who gives one."""
+        ...
 
 
 class ByName(MetaFactory):
@@ -171,10 +195,13 @@ class Option:
 
 
 def options(config_class: type, prefix: str = "", instance: Any = None) -> Iterator[Option]:
-    """Every option of a chz class, depth first, in order of declaration.
+    """Every option of a chz class, depth first, in order of declaration, but those that it says to be `without`.
 
     `instance` is the default that a config gives for this nested class, if it gives one."""
+    absent = _absent(config_class)
     for name, field in chz.chz_fields(config_class).items():
+        if name in absent:
+            continue
         value: Any = "(required)"
         if instance is not None:
             value = getattr(instance, name)

@@ -118,6 +118,8 @@ class OnPolicyConfig(StudentConfig):
             )
 
     def _check_lmbda(self) -> None:
+        if "lmbda" in self.without():
+            return
         if not 0 <= self.lmbda <= 1:
             raise ConfigError(f"lmbda={self.lmbda}: expected a probability, from 0 to 1")
         if self.objective in OF_GIVEN_ANSWERS and self.lmbda != 0:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -28,8 +29,7 @@ from recipes import setup
 from recipes.cli import run_cli
 from recipes.config import check_objective_options
 from recipes.memory import memory_lines
-from recipes.sampler_config import TransformersConfig
-from recipes.student_config import StudentConfig, check_at_least, refuse_given
+from recipes.student_config import StudentConfig, check_at_least
 from recipes.training_run import TrainingRun, train
 from training.capture import Capture, CapturedScorer, CaptureHeader
 from training.capture_files import read_capture, read_header
@@ -66,6 +66,11 @@ class Config(StudentConfig):
     alpha: float = chz.field(default=0.5, doc="kd: share of the KL, the rest is cross-entropy with the given token")
     groups_per_batch: int = chz.field(default=64, doc="examples per step")
 
+    @staticmethod
+    def without() -> Mapping[str, str]:
+        why = "nothing is sampled here; leave it out, and measure with recipes.evaluate"
+        return dict.fromkeys(("sampler", "sampler_slots", "max_tokens", "eval_every"), why)
+
     @chz.validate
     def _check(self) -> None:
         check_objective_options(self)
@@ -77,10 +82,6 @@ class Config(StudentConfig):
             )
         if self.objective == "kd" and self.support == "sampled":
             raise ConfigError("support=sampled: objective=kd takes the teacher's top k; leave support out")
-        why = "nothing is sampled here; leave it out, and measure with recipes.evaluate"
-        if self.sampler != TransformersConfig():
-            raise ConfigError(f"sampler: {why}")
-        refuse_given(self, ("max_tokens", "sampler_slots", "eval_every"), why)
         self.make_objective(captured=self.top_k or 2)
 
     def make_objective(self, captured: int) -> Objective:

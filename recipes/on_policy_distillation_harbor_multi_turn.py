@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,10 @@ class Config(HarborOptions, TrainConfig):
     )
     eval_size: int = chz.field(default=0, doc="tasks to hold out, and grade by their tests every eval_every steps")
 
+    @staticmethod
+    def without() -> Mapping[str, str]:
+        return {"lmbda": "tasks have no given answers; leave it out"}
+
     @chz.validate
     def _sizes(self) -> None:
         for name, least in (("group_size", 1), ("groups_per_batch", 1), ("eval_size", 0)):
@@ -67,8 +72,6 @@ class Config(HarborOptions, TrainConfig):
             raise ConfigError(
                 f"num_substeps={self.num_substeps}: there are only {self.groups_per_batch} groups to split"
             )
-        if self.lmbda != 1:
-            raise ConfigError(f"lmbda={self.lmbda}: tasks have no given answers; leave it out")
         if self.eval_size and not self.eval_samples:
             raise ConfigError("eval_samples=0: held-out tasks are attempted by sampling. Leave out eval_size instead")
 

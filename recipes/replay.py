@@ -10,6 +10,7 @@ trains what the run trained. (The reverse, sampling alone, is `rollouts_only=Tru
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -19,12 +20,10 @@ import chz
 from envs.datasets import Cursor, Row
 from envs.given import GivenEpisode, GivenGroupBuilder
 from envs.types import Episode
-from errors import ConfigError, DataError
+from errors import DataError
 from recipes import setup
 from recipes.cli import run_cli
 from recipes.config import OF_GIVEN_ANSWERS, TrainConfig
-from recipes.sampler_config import TransformersConfig
-from recipes.student_config import refuse_given
 from recipes.training_run import TrainingRun, print_dry_run, train
 from training.loop import DatasetPlan
 from training.saved_episodes import read_saved_episodes
@@ -39,24 +38,16 @@ class Config(TrainConfig):
 
     saved: str = chz.field(doc="a run's folder, or one of its files episodes/step_*.jsonl")
 
-    @chz.validate
-    def _trains(self) -> None:
-        if self.num_substeps != 1:
-            raise ConfigError(f"num_substeps={self.num_substeps}: a replay makes one update of each saved step")
-        if self.rollouts_only:
-            raise ConfigError("rollouts_only=True: a replay has no rollouts, and does nothing but train")
-        if self.sampler != TransformersConfig():
-            raise ConfigError("a replay samples nothing: leave the sampler's options out")
-        refuse_given(self, ("max_tokens", "sampler_slots"), "a replay samples nothing: leave it out")
-        refuse_given(
-            self,
-            ("eval_every", "eval_samples", "eval_teacher"),
-            "a replay has no held-out rows: leave it out, and evaluate its checkpoints with recipes.evaluate",
-        )
-
-    def _check_lmbda(self) -> None:
-        if self.lmbda != 1:
-            raise ConfigError(f"lmbda={self.lmbda}: a replay trains on what is saved, and draws nothing")
+    @staticmethod
+    def without() -> Mapping[str, str]:
+        nothing = "a replay samples nothing: leave it out"
+        no_rows = "a replay has no held-out rows: leave it out, and evaluate its checkpoints with recipes.evaluate"
+        return {
+            "num_substeps": "a replay makes one update of each saved step: leave it out",
+            "lmbda": "a replay trains on what is saved, and draws nothing: leave it out",
+            **dict.fromkeys(("rollouts_only", "sampler", "sampler_slots", "max_tokens"), nothing),
+            **dict.fromkeys(("eval_every", "eval_samples", "eval_teacher"), no_rows),
+        }
 
 
 @dataclass(frozen=True)

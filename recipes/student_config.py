@@ -93,6 +93,18 @@ class StudentConfig:
         default="auto", doc="auto: packed without padding; else transformers' own (sdpa, eager, …), padded"
     )
 
+    @staticmethod
+    def without() -> Mapping[str, str]:
+        """Options that a recipe inherits and has no use for, see `recipes.cli.Narrowed`."""
+        return {}
+
+    @chz.validate
+    def _without(self) -> None:
+        for name, why in self.without().items():
+            if (value := getattr(self, name)) != chz.chz_fields(type(self))[name]._default:
+                given = f"{name}={value}" if isinstance(value, bool | int | float | str) else name
+                raise ConfigError(f"{given}: {why}")
+
     @chz.validate
     def _student_ranges(self) -> None:
         check_at_least(self, _AT_LEAST)
@@ -198,14 +210,6 @@ def check_positive(name: str, value: float) -> None:
     """Raises `ConfigError` unless 0 < value < infinity."""
     if not 0 < value < float("inf"):
         raise ConfigError(f"{name}={value}: expected a positive number")
-
-
-def refuse_given(config: Any, names: Sequence[str], why: str) -> None:
-    """Raises `ConfigError` for the first of these options that is not at its default."""
-    fields = chz.chz_fields(type(config))
-    for name in names:
-        if (value := getattr(config, name)) != fields[name]._default:
-            raise ConfigError(f"{name}={value}: {why}")
 
 
 def json_object(name: str, text: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import chz
@@ -36,10 +36,17 @@ class Config(TrainConfig):
     name: str = chz.field(default="tools", doc="the dataset's name in metrics and episodes")
     groups_per_batch: int = chz.field(default=8, doc="rows per step")
 
+    @staticmethod
+    def without() -> Mapping[str, str]:
+        return {
+            "lmbda": "environments have no given answers; leave it out",
+            **dict.fromkeys(
+                ("eval_every", "eval_samples", "eval_teacher"), "there is no evaluation here; leave it out"
+            ),
+        }
+
     @chz.validate
     def _sizes(self) -> None:
-        if self.lmbda != 1:
-            raise ConfigError(f"lmbda={self.lmbda}: environments have no given answers; leave it out")
         if self.groups_per_batch < 1:
             raise ConfigError(f"groups_per_batch={self.groups_per_batch}: expected 1 or more")
         if self.num_substeps > self.groups_per_batch:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from envs.types import SamplingParams
+from envs.types import LOGPROB_ROUNDING, SamplingParams
 from errors import SamplerError
 from models.types import WeightSource
 
@@ -133,6 +133,6 @@ def checked_answer(name: str, ids: list[int], logprobs: list[float], reason: str
         raise Transient(f"{name} broke a request off ({reason})")
     if not ids or len(ids) != len(logprobs):
         raise SamplerError(f"{name} sampled {len(ids)} tokens and gave {len(logprobs)} logprobs")
-    if bad := [p for p in logprobs if not math.isfinite(p) or p <= NO_LOGPROB or p > 1e-3]:
+    if bad := [p for p in logprobs if not math.isfinite(p) or p <= NO_LOGPROB or p > LOGPROB_ROUNDING]:
         raise SamplerError(f"{name} gave no usable logprob for {len(bad)} of {len(ids)} sampled tokens, e.g. {bad[0]}")
     return Answer(ids, logprobs, reason == "stop", label)

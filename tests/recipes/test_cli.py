@@ -10,7 +10,7 @@ import chz.validators
 import pytest
 
 from errors import CheckpointError, ConfigError
-from recipes.cli import parse_config, run_cli
+from recipes.cli import help_text, parse_config, run_cli
 
 
 @chz.chz
@@ -108,6 +108,20 @@ def test_help_prints_every_option_with_doc_and_default_and_exits_0(capfd):
     for text in ("log_path=(required)", "loss_fn=ppo  (one of ppo, cispo)", "decay of the moments"):
         assert text in out
     assert "optimizer.learning_rate=0.5  (float)" in out  # the default object's value, not its class's
+
+
+@chz.chz
+class Narrow(Config):
+    @staticmethod
+    def without() -> dict[str, str]:
+        return {"optimizer": "nothing is optimized: leave it out"}
+
+
+def test_an_option_that_a_config_is_without_is_not_listed_and_not_taken(capfd: pytest.CaptureFixture[str]):
+    assert "optimizer" in help_text(Config) and "optimizer" not in help_text(Narrow)
+    for given in ("optimizer=x", "optimizer.betas=1,2", "optimizer.learning_rate=0.5"):  # the last is the default
+        with pytest.raises(ConfigError, match=f"^{given}: nothing is optimized: leave it out$"):
+            parse_config(Narrow, ["log_path=x", given])
 
 
 def test_help_shows_the_preset_and_comes_out_beside_a_mistake(capfd):

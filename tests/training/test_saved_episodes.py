@@ -75,6 +75,10 @@ def test_an_episode_comes_back_whole_and_a_teacher_is_shown_the_same(tmp_path: P
         assert views[0].positions.tolist() == views[1].positions.tolist()
 
 
+def turn(start: int, end: int) -> dict[str, Any]:
+    return {"start": start, "end": end, "observation": [], "tool_calls": [], "weight_version": 0}
+
+
 @pytest.mark.parametrize(
     ("change", "part"),
     [
@@ -86,6 +90,10 @@ def test_an_episode_comes_back_whole_and_a_teacher_is_shown_the_same(tmp_path: P
         ({"turns": [{"start": 0}]}, "not a saved episode"),
         ({"tokens": []}, "not a saved episode"),
         ({"tools": None}, "not a saved episode"),
+        ({"sampler_logprobs": [None, None, 0.5, -1.0]}, r"not a saved episode .*logprob of 0\.5"),
+        ({"turns": [turn(2, 5)]}, "not a saved episode .*from 2 to 5"),
+        ({"turns": [turn(-2, 4)]}, "not a saved episode .*from -2 to 4"),
+        ({"turns": [turn(2, 4), turn(3, 4)]}, "not a saved episode .*after one that ends at 4"),
     ],
 )
 def test_a_broken_row_is_named(change: dict[str, Any], part: str, tmp_path: Path):
