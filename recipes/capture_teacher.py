@@ -37,8 +37,8 @@ from recipes import samplers, setup
 from recipes.cli import run_cli
 from recipes.config import DEFAULT_TOP_K, TrainConfig
 from recipes.sampler_config import SamplerConfig, TransformersConfig, sampler_field, servers_of
-from recipes.served import ServerOptions
 from recipes.teacher_answers import check_who_answered, sampled_answers
+from recipes.teacher_options import OneTeacher
 from recipes.teachers import refuse_ema
 from training import signals
 from training.capture import CaptureHeader, CaptureWriter, captured
@@ -52,22 +52,9 @@ DEFAULT_MAX_TOKENS = 512
 
 
 @chz.chz
-class Config:
+class Config(OneTeacher):
     """One teacher over one dataset."""
 
-    teacher_model: str | None = chz.field(
-        default=None,
-        doc="the teacher: hub id, local folder or .gguf file. With teacher.url: its tokenizer and chat template; "
-        "default: the model that is served",
-    )
-    teacher: ServerOptions = chz.field(default_factory=ServerOptions, doc="a teacher that a server holds")
-    teacher_checkpoint: str | None = chz.field(default=None, doc="the teacher's weights: HF folder or adapter")
-    teacher_system_prompt: str | None = chz.field(
-        default=None, doc="system message that the teacher sees; default: system_prompt, '' for none"
-    )
-    teacher_chat_template_kwargs: str | None = chz.field(
-        default=None, doc="JSON object for the teacher's chat template; default: chat_template_kwargs"
-    )
     model_name: str | None = chz.field(
         default=None, doc="the student, in whose chat format the sequences are written; default: the teacher's own"
     )

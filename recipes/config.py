@@ -71,7 +71,9 @@ class OnPolicyConfig(StudentConfig):
 
     # a teacher that is the student's moving average
     teacher_ema_decay: float | None = chz.field(
-        default=None, doc=f"teacher_model={EMA}: share of the average that a step keeps; default {DEFAULT_EMA_DECAY}"
+        default=None,
+        doc=f"teacher_model={EMA} is the student's own moving average: share that a step keeps; default "
+        f"{DEFAULT_EMA_DECAY}",
     )
 
     teacher_alignment: Literal["ids", "bytes"] = chz.field(

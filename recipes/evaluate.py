@@ -25,8 +25,8 @@ from recipes import samplers, setup
 from recipes.cli import run_cli
 from recipes.config import TrainConfig
 from recipes.sampler_config import SamplerConfig, sampler_field
-from recipes.served import ServerOptions
 from recipes.student_config import check_at_least
+from recipes.teacher_options import OneTeacher
 from recipes.teachers import refuse_ema
 from training import signals
 from training.atomic import dumps, write_atomic
@@ -34,20 +34,11 @@ from training.evaluation import Judge, evaluate
 
 
 @chz.chz
-class Config:
+class Config(OneTeacher):
     """Evaluation of one model on one dataset's held-out rows."""
 
     model_name: str = chz.field(doc="hub id, local folder (a checkpoint too) or .gguf file")
     load_checkpoint_path: str | None = chz.field(default=None, doc="weights to use instead: HF folder or adapter")
-    teacher_model: str | None = chz.field(
-        default=None,
-        doc="also measure the reverse KL to this model. With teacher.url: its tokenizer; default: the model that is "
-        "served",
-    )
-    teacher: ServerOptions = chz.field(
-        default_factory=ServerOptions, doc="a teacher that a server holds; a plain vLLM server's KL is the sampled one"
-    )
-    teacher_checkpoint: str | None = chz.field(default=None, doc="the teacher's weights: HF folder or adapter")
     teacher_alignment: Literal["ids", "bytes"] = chz.field(
         default="ids", doc="bytes: the teacher may have another tokenizer, and spans of text are compared"
     )
@@ -71,16 +62,11 @@ class Config:
     @chz.validate
     def _check(self) -> None:
         check_at_least(self, {"eval_size": 1, "samples": 0})
-        if self.teacher_checkpoint is not None and self.teacher_model is None and not self.teacher.url:
-            raise ConfigError("teacher_checkpoint needs teacher_model, which names its tokenizer")
+        self.check_teacher()
         if self.has_teacher and self.samples == 0:
             raise ConfigError("the KL to a teacher is measured on sampled attempts: samples=0 leaves none")
         refuse_ema(self.teacher_model or self.model_name)
         self.as_training()
-
-    @property
-    def has_teacher(self) -> bool:
-        return self.teacher_model is not None or bool(self.teacher.url)
 
     def as_training(self) -> TrainConfig:
         """The same models as a training run would see them, which is how they are loaded and checked."""
@@ -91,6 +77,8 @@ class Config:
             teacher_checkpoint=self.teacher_checkpoint if self.has_teacher else self.load_checkpoint_path,
             teacher_alignment=self.teacher_alignment,
             teacher=self.teacher,
+            teacher_system_prompt=self.teacher_system_prompt,
+            teacher_chat_template_kwargs=self.teacher_chat_template_kwargs,
             system_prompt=self.system_prompt,
             chat_template_kwargs=self.chat_template_kwargs,
             temperature=self.temperature,

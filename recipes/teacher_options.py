@@ -7,7 +7,7 @@ import chz
 from errors import ConfigError
 from recipes.served import ServerOptions
 from recipes.student_config import json_object
-from recipes.teachers import EMA, TeacherSpec, ema_decay_of
+from recipes.teachers import TeacherSpec, ema_decay_of
 
 
 @chz.chz
@@ -17,8 +17,8 @@ class OneTeacher:
 
     teacher_model: str | None = chz.field(
         default=None,
-        doc=f"the teacher: hub id, local folder or .gguf file; {EMA}: the student's own moving average. With "
-        "teacher.url: its tokenizer and chat template; default: the model that is served",
+        doc="the teacher: hub id, local folder or .gguf file. With teacher.url: its tokenizer and chat template; "
+        "default: the model that is served",
     )
     teacher: ServerOptions = chz.field(default_factory=ServerOptions, doc="a teacher that a server holds")
     teacher_checkpoint: str | None = chz.field(default=None, doc="the teacher's weights: HF folder or adapter")
@@ -36,8 +36,9 @@ class OneTeacher:
     def check_teacher(self, prefix: str = "") -> None:
         """`prefix`: what the options' names begin with. Raises `ConfigError`."""
         check_server(self.teacher, self.teacher_checkpoint, f"{prefix}teacher_checkpoint")
-        if self.teacher_model is None and self.teacher_checkpoint is not None:
-            raise ConfigError(f"{prefix}teacher_checkpoint needs teacher_model, which names its tokenizer")
+        for name in ("teacher_checkpoint", "teacher_system_prompt", "teacher_chat_template_kwargs"):
+            if not self.has_teacher and getattr(self, name) is not None:
+                raise ConfigError(f"{prefix}{name} needs {prefix}teacher_model: there is no teacher to have it")
 
     def teacher_spec(self, name: str, ema_decay: float | None, prefix: str = "") -> TeacherSpec:
         """`ema_decay`: of a teacher that is the student's average, if it is given. Raises `ConfigError`."""

@@ -73,6 +73,11 @@ def test_the_kl_to_a_teacher_of_a_checkpoint_and_of_an_adapter(tmp_path: Path, m
         assert abs(back["eval/exact_reverse_kl"]) < 1e-6
 
 
+def test_a_teacher_that_is_told_more_is_another_teacher(tmp_path: Path, models: Models):
+    both = {"model_name": models["teacher_model"], "teacher_model": models["teacher_model"]}
+    assert numbers(tmp_path, **both, teacher_system_prompt="1+1=2")["eval/exact_reverse_kl"] > 1e-3
+
+
 @pytest.mark.parametrize(
     ("options", "part"),
     [
@@ -81,6 +86,8 @@ def test_the_kl_to_a_teacher_of_a_checkpoint_and_of_an_adapter(tmp_path: Path, m
         ({"sample": 1}, "Did you mean samples?"),
         ({"dataset": "gsm8"}, "did you mean 'gsm8k'?"),
         ({"teacher_checkpoint": "x"}, "teacher_checkpoint needs teacher_model"),
+        ({"teacher_system_prompt": "x"}, "teacher_system_prompt needs teacher_model"),
+        ({"teacher_chat_template_kwargs": "{}"}, "teacher_chat_template_kwargs needs teacher_model"),
         ({"teacher_model": "x", "samples": 0}, "samples=0"),
         ({"samples": -1}, "samples=-1: expected 0 or more"),
         ({"output_path": "/no/such/folder/x.json"}, "its folder does not exist"),

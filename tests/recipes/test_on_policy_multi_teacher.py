@@ -18,6 +18,7 @@ from tiny_models import episodes, evaluation_rows, final, fingerprint, training_
 from transformers import AutoModelForCausalLM
 
 from errors import ConfigError
+from recipes import capture_teacher, evaluate
 from recipes import on_policy_multi_teacher as recipe
 from recipes.cli import help_text, parse_config, run_cli
 from recipes.config import TrainConfig
@@ -481,6 +482,9 @@ def test_a_dataset_without_any_teacher(capfd: pytest.CaptureFixture[str], tmp_pa
     assert "datasets.0 has no teacher" in refused(capfd, tmp_path, argv(tmp_path / "run", student, data))
     err = refused(capfd, tmp_path, argv(tmp_path / "run", student, data, teachers__0__model=teacher))
     assert "arithmetic: its rows say no teacher" in err
+    told = {"dataset": "arithmetic", "teacher_system_prompt": "add"}
+    err = refused(capfd, tmp_path, argv(tmp_path / "run", student, told, teachers__0__model=teacher))
+    assert "datasets.0.teacher_system_prompt needs datasets.0.teacher_model" in err
 
 
 def test_without_datasets_it_is_deepmath_and_tulu3():
@@ -510,8 +514,9 @@ def test_a_dry_run_says_who_judges_what(
 
 
 def test_the_options_of_one_teacher_exist_once():
-    ours, theirs, own = (chz.chz_fields(config) for config in (DatasetOptions, TrainConfig, OneTeacher))
-    assert own and all(ours[name] is theirs[name] is field for name, field in own.items())
+    theirs, own = chz.chz_fields(TrainConfig), chz.chz_fields(OneTeacher)
+    for config in (DatasetOptions, TrainConfig, evaluate.Config, capture_teacher.Config):
+        assert own and all(chz.chz_fields(config)[name] is field for name, field in own.items())
     assert {name for name in theirs if name.startswith("teacher_")} - own.keys() == {
         "teacher_alignment", "teacher_ema_decay", "teacher_temperature",
     }  # fmt: skip
