@@ -174,19 +174,17 @@ class Loop:
         await self.sampler.sleep()
         with timer.stage("training"):
             measured, updates = await compute(self._update, collected)  # given up, it has changed nothing
-        with anyio.CancelScope(shield=True):  # weights are updated by whole steps only
-            self.step, self._whole = self.step + 1, True
-            self._cursor_states = [plan.cursor.state() for plan in self.plans]
-            try:
-                if not self._interrupted():  # else nothing is sampled any more
-                    await self.sampler.update_weights(self.learner.weights(), self.step)
-            finally:  # the step is done, whether or not the next can be sampled
-                with timer.stage("writing"):
-                    await anyio.to_thread.run_sync(self._write_episodes, collected, measured)
-                row = self._row(collected, measured, updates, timer)
-                self.run_dir.append_metrics(row)
-        self.trackers.log(row)
-        self.progress.update(row)
+        self.step, self._whole = self.step + 1, True
+        self._cursor_states = [plan.cursor.state() for plan in self.plans]
+        try:
+            await self.sampler.update_weights(self.learner.weights(), self.step)
+        finally:  # the step is done, whether or not the next can be sampled
+            with anyio.CancelScope(shield=True), timer.stage("writing"):
+                await anyio.to_thread.run_sync(self._write_episodes, collected, measured)
+            row = self._row(collected, measured, updates, timer)
+            self.run_dir.append_metrics(row)
+            self.trackers.log(row)
+            self.progress.update(row)
 
     def _builder(self, plan: DatasetPlan, place: int, row: Row) -> EnvGroupBuilder:
         """Of the student's attempts, or of the row's completion: drawn for every step and place in it."""

@@ -1,4 +1,4 @@
-"""Signals to the recipes that do not train, while they hand weights over, and to what a run does before its loop."""
+"""Signals to recipes while they hand weights over, and to what a run does before its loop."""
 
 from __future__ import annotations
 
@@ -27,16 +27,18 @@ TASKS = {"task_names": "edit-json", "max_tokens": 12, "max_trajectory_tokens": 2
 
 @dataclass
 class ReadingServer(ScriptedServer):
-    """Never has read its new weights; `stuck`: nor does it resume."""
+    """Has read its new weights `times` times, then never again; `stuck`: nor does it resume."""
 
+    times: int = 0
     stuck: bool = False
     reads: threading.Event = field(default_factory=threading.Event)
     over: threading.Event = field(default_factory=threading.Event)
 
     def _control(self, route: str, body: Any) -> tuple[int, Any]:
-        if route == "/collective_rpc":
+        last = route == "/collective_rpc" and len(self.loaded) == self.times
+        if last:
             self.reads.set()
-        if route == "/collective_rpc" or (route == "/resume" and self.stuck):
+        if last or (route == "/resume" and self.stuck):
             self.over.wait(60)
         return super()._control(route, body)
 
@@ -96,6 +98,20 @@ def test_weights_that_are_handed_over_leave_no_folder_and_no_paused_server(
     assert tiny_models.leftovers(tmp_path) == []
     said = (tmp_path / "output").read_text()
     assert "stopping" in said and "interrupted" in said and "Traceback" not in said
+
+
+def test_a_step_whose_weights_a_server_never_has_read_is_saved_at_once(tmp_path: Path, models: dict[str, str]):
+    with reading(models["model_name"], times=2) as server:
+        argv = tiny_models.argv(tmp_path / "run", models, max_steps=9, sampler__url=server.url)
+        process = tiny_models.start(argv, tmp_path / "output")
+        until_it_reads(server, process, tmp_path / "output")
+        started = time.monotonic()
+        os.kill(process.pid or 0, TERM)
+        assert tiny_models.finish(process) == 143
+        assert time.monotonic() - started < 30, "its limit is half an hour"
+        assert server.routes()[-1] == "/resume"
+    assert tiny_models.final(tmp_path / "run").name == "step_000002" and tiny_models.leftovers(tmp_path) == []
+    assert [row["step"] for row in tiny_models.training_rows(tmp_path / "run")] == [1, 2]
 
 
 def test_a_second_signal_does_not_wait_for_a_server(tmp_path: Path, student: str):
