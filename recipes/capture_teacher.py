@@ -33,7 +33,7 @@ from errors import ConfigError, DataError
 from models.device_thread import compute
 from models.types import Sampler, Scorer, TeacherTopK
 from models.vllm.preflight import Asked
-from recipes import samplers, setup
+from recipes import engines, samplers, setup
 from recipes.cli import run_cli
 from recipes.config import DEFAULT_TOP_K, TrainConfig
 from recipes.sampler_config import SamplerConfig, TransformersConfig, sampler_field, servers_of
@@ -294,8 +294,8 @@ async def _write(config: Config, checked: Checked, writer: CaptureWriter) -> Non
     if teacher.served is not None:
         scorer = teacher.served.make_scorer(teacher.name)
     else:
-        lm = await compute(setup.load_teacher, training, models, teacher.source)
-        scorer = setup.local_scorer(training, models, teacher.name, lm)
+        lm = await compute(engines.load_teacher, training, models, teacher.source)
+        scorer = engines.local_scorer(training, models, teacher.name, lm)
     if config.completions != "teacher":
         await _score_all(config, checked, writer, scorer, None)
         return

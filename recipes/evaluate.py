@@ -21,7 +21,7 @@ from envs.datasets import Dataset
 from envs.sources import load_eval_rows
 from errors import ConfigError, DataError
 from models.device_thread import compute
-from recipes import samplers, setup
+from recipes import engines, samplers, setup
 from recipes.cli import run_cli
 from recipes.config import TrainConfig
 from recipes.sampler_config import SamplerConfig, sampler_field
@@ -125,14 +125,14 @@ def main(config: Config) -> None:
 async def _evaluate(
     config: Config, data: Dataset, models: setup.CheckedModels, training: TrainConfig
 ) -> dict[str, float]:
-    student = await compute(setup.load_lm, training, models, models.student, models.compute_dtype)
+    student = await compute(engines.load_lm, training, models, models.student, models.compute_dtype)
     teachers = {training.teacher_name: student}
     if config.teacher.url:
         teachers = {}
     elif config.teacher_model is not None:
-        lm = await compute(setup.load_teacher, training, models, models.only_teacher.source)
+        lm = await compute(engines.load_teacher, training, models, models.only_teacher.source)
         teachers = {config.teacher_model: lm}
-    parts = setup.assemble(
+    parts = engines.assemble(
         training, models, student, teachers, folder=Path(config.output_path or "-").absolute().parent
     )
     rows = setup.eval_set(data, models.student_renderer, lambda row: training.teacher_name, config.max_tokens)

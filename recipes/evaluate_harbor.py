@@ -35,7 +35,7 @@ from envs.types import Episode, StopReason
 from errors import ConfigError, DataError, InfrastructureError, NoSignalError
 from models.device_thread import compute_blocking
 from models.types import Sampler
-from recipes import samplers, setup
+from recipes import engines, samplers, setup
 from recipes.cli import run_cli
 from recipes.config import TrainConfig
 from recipes.harbor_setup import HarborOptions, check_lengths, group_builder, prepare_engine, sandboxes_of
@@ -163,7 +163,7 @@ def log_path(config: Config) -> Path:
 
 
 def _load(config: Config, models: setup.CheckedModels):
-    return setup.load_lm(config.as_training(), models, models.student, models.compute_dtype)
+    return engines.load_lm(config.as_training(), models, models.student, models.compute_dtype)
 
 
 # --- the attempts

@@ -15,7 +15,7 @@ from models.causal_lm import CausalLM
 from models.checks import probe_scorer, probe_view
 from models.device_thread import compute, compute_blocking
 from models.types import Sampler
-from recipes import samplers, setup
+from recipes import engines, samplers, setup
 from recipes.blends import with_blends
 from recipes.config import OnPolicyConfig
 from recipes.memory import memory_lines
@@ -63,7 +63,7 @@ def train(config: StudentConfig, run: TrainingRun) -> None:
     )
     with run_dir:
         try:
-            parts = compute_blocking(setup.build_engines, config, run.models, _resume_folder(run_dir), run_dir.path)
+            parts = compute_blocking(engines.build_engines, config, run.models, _resume_folder(run_dir), run_dir.path)
             signals.run(_train, config, run, parts, run_dir)
         except BaseException:
             run_dir.discard_if_empty()  # an empty folder would only refuse the corrected command
@@ -76,7 +76,7 @@ def _resume_folder(run_dir: RunDir) -> Path | None:
     return latest[1] if latest else None
 
 
-async def _train(config: StudentConfig, run: TrainingRun, parts: setup.Engines, run_dir: RunDir) -> None:
+async def _train(config: StudentConfig, run: TrainingRun, parts: engines.Engines, run_dir: RunDir) -> None:
     for name, teacher in parts.teachers.items():
         if run.models.teachers[name].served is None:  # those of servers were probed before anything was loaded
             await probe_scorer(teacher.scorer, probe_view(teacher.views))
@@ -118,7 +118,7 @@ def _objective(config: StudentConfig, run: TrainingRun) -> Objective:
     return config.make_objective()
 
 
-async def _evaluate_teachers(config: OnPolicyConfig, run: TrainingRun, parts: setup.Engines, loop: Loop) -> None:
+async def _evaluate_teachers(config: OnPolicyConfig, run: TrainingRun, parts: engines.Engines, loop: Loop) -> None:
     """Each teacher's own accuracy, or reward, on its held-out rows: what is within the student's reach."""
     several = sum(len(sets) for sets in run.teacher_sets.values()) > 1
     for name, sets in run.teacher_sets.items():
@@ -130,7 +130,7 @@ async def _evaluate_teachers(config: OnPolicyConfig, run: TrainingRun, parts: se
 
 
 async def _evaluate_teacher(
-    config: OnPolicyConfig, run: TrainingRun, teacher: CheckedTeacher, parts: setup.Engines, sets: Sequence[EvalSet]
+    config: OnPolicyConfig, run: TrainingRun, teacher: CheckedTeacher, parts: engines.Engines, sets: Sequence[EvalSet]
 ) -> list[tuple[EvalSet, dict[str, float]]]:
     """A function of its own, so that nothing holds the model when the next one is loaded."""
     lm = None if teacher.served is not None else await compute(parts.teacher_lm, teacher.name)

@@ -20,7 +20,7 @@ from models.causal_lm import CausalLM
 from models.loading import load_model
 from models.sources import ModelSource
 from models.transformers_scorer import TransformersScorer
-from recipes import capture_teacher, offline_distillation, setup
+from recipes import capture_teacher, engines, offline_distillation
 from recipes.cli import parse_config, run_cli
 from recipes.embedded import char_tokenizer
 from training.capture_files import read_capture, read_header
@@ -163,7 +163,7 @@ def test_the_same_command_goes_on_after_a_kill_and_gives_the_same_file(
     shutil.copy(captured.with_name("answers.jsonl"), tmp_path / "answers.jsonl")
     file = tmp_path / "capture.jsonl"
     file.write_bytes(whole[: int(cut)])
-    with mock.patch.object(setup, "load_teacher", wraps=setup.load_teacher) as loaded:
+    with mock.patch.object(engines, "load_teacher", wraps=engines.load_teacher) as loaded:
         assert capture(tmp_path, models).read_bytes() == whole
     assert loaded.called == (kept != "all")
 
@@ -191,7 +191,7 @@ def test_the_binary_form_goes_on_after_a_kill_and_is_not_made_twice(tmp_path: Pa
     shutil.copy(captured.with_name("answers.jsonl"), tmp_path / "answers.jsonl")
     file = tmp_path / "capture.safetensors"
     (tmp_path / "capture.safetensors.partial.jsonl").write_bytes(whole[: len(whole) // 2])
-    with mock.patch.object(setup, "load_teacher", wraps=setup.load_teacher) as loaded:
+    with mock.patch.object(engines, "load_teacher", wraps=engines.load_teacher) as loaded:
         capture(tmp_path, models, output_path=file)
         capture(tmp_path, models, output_path=file)
     assert loaded.call_count == 1
@@ -304,7 +304,7 @@ def test_the_temperature_is_that_of_the_capture(tmp_path: Path, models: Models):
 
 
 def refused(recipe: Any, argv: list[str], capfd: pytest.CaptureFixture[str], *parts: str) -> None:
-    with pytest.raises(SystemExit) as stop, mock.patch.object(setup, "load_lm") as loaded:
+    with pytest.raises(SystemExit) as stop, mock.patch.object(engines, "load_lm") as loaded:
         run_cli(recipe.main, recipe.Config, presets=getattr(recipe, "presets", None), argv=argv)
     err = capfd.readouterr().err
     assert stop.value.code == 2 and not loaded.called, err

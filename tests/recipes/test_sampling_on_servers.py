@@ -113,7 +113,7 @@ def test_a_server_that_goes_on_with_other_weights_is_no_evaluation(tmp_path: Pat
 def test_what_cannot_work_is_refused_before_weights_are_loaded(
     tmp_path: Path, student: str, script: Any, options: Any, says: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(evaluate.setup, "load_lm", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(evaluate.engines, "load_lm", lambda *_: pytest.fail("weights were loaded"))
     with serving(student, **script) as server, pytest.raises(ConfigError, match=says) as caught:
         evaluated(tmp_path, model_name=student, **{"sampler.url": server.url, **options})
     assert "s3cret" not in str(caught.value)

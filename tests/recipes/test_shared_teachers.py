@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from models.adapters import adapter_bytes
 from models.sources import ModelSource
+from recipes import engines, teacher_checks
 from recipes import on_policy_multi_teacher as recipe
-from recipes import setup, teacher_checks
 from recipes.cli import parse_config
 
 
@@ -118,17 +118,17 @@ def test_a_teacher_beside_the_student_leaves_its_training_bit_for_bit(
 ):
     """One more adapter on the student's base, that has read something, and judges nothing."""
     plain = run(tmp_path / "plain", student, (teacher, None), lora_rank=2)
-    build = setup.build_engines
+    build = engines.build_engines
 
     def with_one_more(*arguments: Any) -> Any:
         parts = build(*arguments)
         base = parts.learner.lm
-        setup.attach_adapter(base.model, first, "teacher7")
+        engines.attach_adapter(base.model, first, "teacher7")
         beside = base.with_adapter("teacher7")
         beside.logits(beside.hidden([torch.arange(1, 9)]))
         return parts
 
-    with mock.patch.object(setup, "build_engines", with_one_more):
+    with mock.patch.object(engines, "build_engines", with_one_more):
         more = run(tmp_path / "more", student, (teacher, None), lora_rank=2)
     one, other = tiny_models.fingerprint(plain), tiny_models.fingerprint(more)
     assert one == other

@@ -17,7 +17,7 @@ from test_shared_teachers import make_adapter
 from tiny_models import evaluation_rows, fingerprint, training_rows
 
 from models.causal_lm import CausalLM
-from recipes import memory, setup
+from recipes import engines, memory
 from recipes import on_policy_multi_teacher as recipe
 from recipes.cli import parse_config, run_cli
 from training import collect
@@ -38,7 +38,7 @@ def watched() -> Iterator[list[tuple[str, int]]]:
     """Of each load of a teacher its name, and how many of the others were in memory."""
     loads: list[tuple[str, int]] = []
     models: list[weakref.ref[Any]] = []
-    load = setup.load_teacher
+    load = engines.load_teacher
 
     def noting(config: Any, checked: Any, source: Any) -> CausalLM:
         alive = sum(model() is not None for model in models)
@@ -47,7 +47,7 @@ def watched() -> Iterator[list[tuple[str, int]]]:
         models.append(weakref.ref(lm.model))
         return lm
 
-    with mock.patch.object(setup, "load_teacher", noting):
+    with mock.patch.object(engines, "load_teacher", noting):
         yield loads
 
 
@@ -114,7 +114,7 @@ def test_a_teacher_whose_files_change_is_another_teacher(
 ):
     mine = shutil.copytree(teacher, tmp_path / "mine")
     data = arithmetic("one", str(mine), eval_size=0), arithmetic("two", second, eval_size=0)
-    load = setup.load_teacher
+    load = engines.load_teacher
 
     def changing(config: Any, checked: Any, source: Any) -> CausalLM:
         lm = load(config, checked, source)
@@ -123,7 +123,7 @@ def test_a_teacher_whose_files_change_is_another_teacher(
         return lm
 
     given = argv(tmp_path / "run", student, *data, teachers_in_memory=1, max_dropped_fraction=1.0)
-    with mock.patch.object(setup, "load_teacher", changing), pytest.raises(SystemExit):
+    with mock.patch.object(engines, "load_teacher", changing), pytest.raises(SystemExit):
         run_cli(recipe.main, recipe.Config, argv=given)
     err = capfd.readouterr().err
     assert f"teacher {mine} could not be loaded again: its files have changed since the run began" in err

@@ -30,10 +30,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from models import device_thread
 from models.transformers_sampler import TransformersSampler
-from recipes import on_policy_distillation, setup, training_run
+from recipes import engines, on_policy_distillation, training_run
 from recipes.cli import parse_config, run_cli
 from recipes.embedded import char_tokenizer
-from recipes.setup import Engines
+from recipes.engines import Engines
 from training import loop
 from training.learner import Learner
 from training.run_dir import read_metrics
@@ -110,15 +110,15 @@ def no_report():
 @contextlib.contextmanager
 def captured_engines() -> Iterator[list[Engines]]:
     """The engines that runs inside this block make, to look at their weights afterwards."""
-    engines: list[Engines] = []
-    build = setup.build_engines
+    made: list[Engines] = []
+    build = engines.build_engines
 
     def keep(*arguments: Any) -> Engines:
-        engines.append(build(*arguments))
-        return engines[-1]
+        made.append(build(*arguments))
+        return made[-1]
 
-    with mock.patch.object(setup, "build_engines", keep):
-        yield engines
+    with mock.patch.object(engines, "build_engines", keep):
+        yield made
 
 
 # --- in another process
