@@ -5,6 +5,7 @@ Speaks the Docker API through the docker SDK and honours DOCKER_HOST, so Podman'
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import socket
@@ -16,14 +17,16 @@ from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 import anyio
+import anyio.lowlevel
 import docker
 import docker.errors
 import docker.utils
 import requests
 import urllib3.exceptions
-from anyio import CapacityLimiter, to_thread
+from anyio import CancelScope, CapacityLimiter
 
 from errors import SandboxError, SandboxUnavailableError
+from sandbox.calls import call_in_thread
 from sandbox.shell_stream import ExecSocket
 
 P = ParamSpec("P")
@@ -32,6 +35,8 @@ C = TypeVar("C", bound=docker.APIClient)
 
 ENGINE_ERRORS = (docker.errors.DockerException, requests.RequestException, urllib3.exceptions.HTTPError, OSError)
 CALL_TIMEOUT_S = 120  # of one answer of the engine; 32 containers starting at once take seconds each
+SLOW_S = 10.0  # an engine that takes longer over a call is looked at, and again whenever as much has passed
+PING_S = 10.0  # an engine that lives answers a ping at once, whatever else it does
 CALLS_AT_ONCE = 16
 STARTS_PER_CORE = 2  # more than this only makes every start slower
 REMOVAL_TRIES = 5
@@ -49,8 +54,9 @@ def connect(client_type: type[C] = docker.APIClient) -> C:
             " socket (ssh -L ./docker.sock:/var/run/docker.sock host) and set DOCKER_HOST=unix://$PWD/docker.sock"
         )
     try:
-        client = client_type(**docker.utils.kwargs_from_env(), version="auto", timeout=CALL_TIMEOUT_S)
+        client = client_type(**docker.utils.kwargs_from_env(), version="auto", timeout=int(PING_S))
         client.ping()
+        client.timeout = CALL_TIMEOUT_S
     except ENGINE_ERRORS as error:
         raise SandboxUnavailableError(
             f"no container engine answers at {where} ({error}). Start Docker (as root: .ci/docker-engine), or point"
@@ -137,18 +143,56 @@ class Engine:
         self.cores = os.cpu_count() or 1
         self.starts = CapacityLimiter(STARTS_PER_CORE * self.cores)
         self._calls = CapacityLimiter(CALLS_AT_ONCE)
+        self._looking = anyio.Lock()
+        self._looked_at = 0.0
+        self._silence = ""  # what the last look found; empty: it answers
 
     @classmethod
     async def connect(cls) -> Engine:
         """Raises `SandboxUnavailableError`."""
-        engine = cls(await to_thread.run_sync(connect))
+        connecting = call_in_thread(connect)
+        await asyncio.wait([connecting])
+        engine = cls(connecting.result())
         engine.cores = int((await engine.call("asking the engine about itself", engine.client.info))["NCPU"])
         engine.starts.total_tokens = STARTS_PER_CORE * engine.cores
         return engine
 
     async def in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Never abandoned: a cancelled caller still learns what the engine did."""
-        return await to_thread.run_sync(partial(function, *args, **kwargs), limiter=self._calls)
+        """A call, when its turn comes. A cancelled caller still learns what the engine did. Raises as the SDK does, and
+        `SandboxError` for an engine that answers nothing at all: then the call is left behind."""
+        return await self.in_turn(self._calls, partial(function, *args, **kwargs))
+
+    async def in_turn(self, turns: CapacityLimiter, function: Callable[[], T]) -> T:
+        """The same in turns of another kind."""
+        asked = time.monotonic()
+        async with turns:
+            try:
+                with CancelScope(shield=True):
+                    if self._silence:
+                        await self._look(asked)
+                    return await self.outcome(call_in_thread(function))
+            except SandboxError:
+                await anyio.lowlevel.checkpoint_if_cancelled()  # nobody waits for it
+                raise
+        raise AssertionError("nobody cancels this scope")
+
+    async def outcome(self, call: asyncio.Future[T]) -> T:
+        """Of a call that was begun. Raises `SandboxError` if the engine is found to be frozen before."""
+        while not (await asyncio.wait([call], timeout=SLOW_S))[0]:
+            await self._look(time.monotonic())
+        return call.result()
+
+    async def _look(self, asked: float) -> None:
+        """One ping for all who have asked meanwhile. Raises `SandboxError` if the engine does not answer it."""
+        async with self._looking:
+            if self._looked_at < asked:
+                ping = call_in_thread(self.client.ping)
+                await asyncio.wait([ping], timeout=PING_S)
+                error = ping.exception() if ping.done() else TimeoutError(f"a ping took more than {PING_S:g} s")
+                self._silence = "" if error is None else str(error) or repr(error)
+                self._looked_at = time.monotonic()
+        if self._silence:
+            raise SandboxError(f"the container engine does not answer: {self._silence}")
 
     async def call(self, what: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Raises `SandboxError` that begins with `what`."""
@@ -158,9 +202,10 @@ class Engine:
     async def answers(self) -> bool:
         """Whether the engine is there."""
         try:
-            return bool(await self.in_thread(self.client.ping))
-        except ENGINE_ERRORS:
+            await self._look(time.monotonic())
+        except SandboxError:
             return False
+        return True
 
     async def outlast(self, work: Callable[[], Awaitable[T]]) -> T:
         """What `work()` returns. If the engine goes away over it, it is begun anew when the engine is back: for work
@@ -218,6 +263,9 @@ class Engine:
                 return
             except ENGINE_ERRORS as error:
                 problem = str(error)  # "removal already in progress", or the engine is restarting
+            except SandboxError as error:  # frozen: it would not hear of another try, either
+                problem = str(error)
+                break
             if time.monotonic() > until:
                 break
             await anyio.sleep(0.2 * 2**attempt)

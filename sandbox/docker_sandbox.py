@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import anyio
-from anyio import CancelScope, to_thread
+from anyio import CancelScope
 
 from errors import SandboxError
 from sandbox import files
@@ -410,7 +410,7 @@ class DockerSandboxFactory:
         abandoned = threading.Event()
         try:
             start = partial(start_container, engine.client, options, abandoned)
-            return DockerSandbox(engine, await to_thread.run_sync(start, limiter=engine.starts), config)
+            return DockerSandbox(engine, await engine.in_turn(engine.starts, start), config)
         except BaseException as error:
             abandoned.set()
             if not isinstance(error, MissingImage):

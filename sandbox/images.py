@@ -5,10 +5,12 @@ A built image is tagged with a hash of all that goes into it, so another task, p
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import socket
@@ -20,24 +22,28 @@ from pathlib import Path
 from typing import IO, Any
 
 import anyio
-import anyio.lowlevel
 import docker
 import docker.errors
 import requests
-from anyio import CapacityLimiter, to_thread
+from anyio import CancelScope, CapacityLimiter, to_thread
 from docker.utils import parse_repository_tag
 from docker.utils.build import create_archive, exclude_paths
 
 from errors import DataError, ImageBuildError
 from sandbox.base_image import REPOSITORY as BASE_IMAGE
 from sandbox.base_image import ensure_base_image
+from sandbox.calls import call_in_thread
 from sandbox.docker_engine import ENGINE_ERRORS, Engine, connect, said_by, suppress_os_errors
 from sandbox.dockerfile import base_images, for_any_engine, substitute, with_substitutes
+
+logger = logging.getLogger(__name__)
 
 REPOSITORY = "protege-image"
 FORMAT = "1"  # raise it when the same folder would be built otherwise
 PULL_TIMEOUT_S = 1800.0
 LOCK_POLL_S = 0.2
+TELL_S = 10.0  # who waits longer for another process says so
+CUT_S = 5.0  # that an answer which is cut off may take to end; it is left behind where the engine has not begun it
 STEP = re.compile(r"^STEP (\d+/\d+) ?: (.*)", re.IGNORECASE)
 
 
@@ -63,7 +69,7 @@ class Images:
         image = substitute(image, self._substitutes)
         if image.partition(":")[0] == BASE_IMAGE:
             await self._engine.in_thread(ensure_base_image)
-        async with self._once(image):
+        async with self._once(image, timeout_s):
             if not await self._has(image):
                 await self._pull(image, timeout_s)
         return image
@@ -87,25 +93,25 @@ class Images:
         name = f"{REPOSITORY}:{digest[:24]}"
         if await self._has(name):
             return name
-        async with self._once(name):
+        async with self._once(name, timeout_s):
             if not await self._has(name):  # built by who was first
                 await self._build(Build(folder, paths, text, extra, dict(args or {}), name), timeout_s)
         return name
 
     @contextlib.asynccontextmanager
-    async def _once(self, name: str) -> AsyncIterator[None]:
+    async def _once(self, name: str, timeout_s: float) -> AsyncIterator[None]:
         """One task of one process at a time. Who waited while another failed at it fails with the same error."""
         asked = time.monotonic()
         async with self._locks.setdefault(name, anyio.Lock()):
             failed = self._failures.get(name)
             if failed is not None and failed[0] >= asked:
                 raise failed[1]
-            async with locked_file(cache_folder() / f"{safe_name(name)}.lock"):
-                try:
+            try:
+                async with locked_file(cache_folder() / f"{safe_name(name)}.lock", timeout_s):
                     yield
-                except ImageBuildError as error:
-                    self._failures[name] = (time.monotonic(), error)
-                    raise
+            except ImageBuildError as error:
+                self._failures[name] = (time.monotonic(), error)
+                raise
 
     async def _has(self, image: str) -> bool:
         return bool(await self._id(image))
@@ -142,19 +148,17 @@ class Images:
 
     async def _follow(self, answer: Answer, what: str, timeout_s: float) -> None:
         """Reads the engine's answer to its end, which is the end of the work, too. Cancelling it ends the work."""
-
-        async def cut_off() -> None:
+        async with self._builds:
+            reading = call_in_thread(answer.read)
             try:
-                await anyio.sleep(timeout_s)
-                answer.problem = f"took longer than {timeout_s:g} s"
+                with anyio.move_on_after(timeout_s) as limit:
+                    await self._engine.outcome(reading)
+                if limit.cancelled_caught:
+                    answer.problem = f"took longer than {timeout_s:g} s"
             finally:
                 answer.cut()
-
-        async with self._builds, anyio.create_task_group() as tasks:
-            tasks.start_soon(cut_off)
-            await to_thread.run_sync(answer.read)
-            tasks.cancel_scope.cancel()
-        await anyio.lowlevel.checkpoint_if_cancelled()  # cut because nobody waits is no failure of the work
+                with CancelScope(shield=True):
+                    await asyncio.wait([reading], timeout=CUT_S)
         if answer.problem:
             raise ImageBuildError(f"{what} failed{answer.where()}: {answer.problem} (log: {answer.log})")
 
@@ -227,15 +231,16 @@ class Answer:
         """Blocks until the work has ended, or `cut`."""
         try:
             with self.log.open("w", encoding="utf-8") as log, self._client:
-                for message in self._ask(self._client):
-                    if self._cut:
-                        return
+                messages = self._ask(self._client)  # blocks until the engine begins to answer
+                for message in () if self._cut else messages:
                     log.write(self._text_of(message))
                     log.flush()
         except (*ENGINE_ERRORS, ValueError) as error:
             self.problem = self.problem or said_by(error)
 
     def cut(self) -> None:
+        """Once the engine has begun to answer, its work ends with this. Before, `read` may go on, and ends when it
+        has."""
         self._cut = True
         with suppress_os_errors():
             if self._client.answer is not None:
@@ -294,16 +299,35 @@ def content_hash(folder: Path, paths: list[str], texts: list[str]) -> str:
 
 
 @contextlib.asynccontextmanager
-async def locked_file(path: Path) -> AsyncIterator[None]:
-    """Held by one process at a time; let go by the kernel if that dies."""
-    with path.open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                await anyio.sleep(LOCK_POLL_S)
+async def locked_file(path: Path, timeout_s: float) -> AsyncIterator[None]:
+    """Held by one process at a time; let go by the kernel if that dies. Raises `ImageBuildError` if another holds it
+    for `timeout_s`."""
+    with path.open("a+") as file:
+        await _lock(file, path, timeout_s)
+        file.truncate(0)
+        file.write(str(os.getpid()))  # for those who wait
+        file.flush()
         yield
+
+
+async def _lock(file: IO[str], path: Path, timeout_s: float) -> None:
+    began, told = time.monotonic(), False
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waited = time.monotonic() - began
+        file.seek(0)
+        holder = f"process {file.read() or '(unknown)'}"
+        if waited > timeout_s:
+            raise ImageBuildError(
+                f"{holder} has held {path} for {waited:.0f} s, longer than making that image may take: is it stopped "
+                "(Ctrl-Z) or frozen? Let it go on (kill -CONT), or end it"
+            )
+        if waited > TELL_S and not told:
+            logger.warning("waiting for %s, which is making an image that is needed here, too (%s)", holder, path)
+            told = True
+        await anyio.sleep(LOCK_POLL_S)
 
 
 def safe_name(image: str) -> str:

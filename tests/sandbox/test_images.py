@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import anyio
 import docker
@@ -13,10 +15,12 @@ import pytest
 
 from errors import DataError, ImageBuildError
 from sandbox import images
+from sandbox.docker_engine import Engine
 from sandbox.docker_sandbox import DockerSandboxFactory
-from sandbox.images import REPOSITORY, content_hash, context_paths
+from sandbox.images import REPOSITORY, content_hash, context_paths, locked_file
 
 pytestmark = pytest.mark.anyio
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +66,37 @@ def test_what_dockerignore_names_does_not_count(folder: Path):
     assert digest(folder) == before
     (folder / "secret2").write_text("x")
     assert digest(folder) != before
+
+
+HOLDER = """
+import sys, anyio
+from pathlib import Path
+from sandbox.images import locked_file
+async def main():
+    async with locked_file(Path(sys.argv[1]), 1.0):
+        print("held", flush=True)
+        await anyio.sleep_forever()
+anyio.run(main)
+"""
+
+
+async def test_a_process_that_is_stopped_over_an_image_is_named_and_one_that_is_killed_lets_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(images, "TELL_S", 0.1)
+    path = tmp_path / "lock"
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE, cwd=ROOT) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        holder.send_signal(signal.SIGSTOP)
+        with anyio.fail_after(10), pytest.raises(ImageBuildError, match=rf"^process {holder.pid} has held .*Ctrl-Z"):
+            async with locked_file(path, 0.5):
+                pass
+        assert caplog.messages == [
+            f"waiting for process {holder.pid}, which is making an image that is needed here, too ({path})"
+        ]
+        holder.kill()
+        async with locked_file(path, 10.0):
+            assert path.read_text() == str(os.getpid())
 
 
 HEREDOCS = r"""# escape=`
@@ -252,5 +287,5 @@ async def test_tags_and_digests_are_pulled_by_what_they_are(
     async def client() -> Registry:
         return Registry()
 
-    await images.Images(SimpleNamespace(cores=1), {})._pull(image, 10.0)  # type: ignore[arg-type]
+    await images.Images(Engine(None), {})._pull(image, 10.0)  # type: ignore[arg-type]
     assert pulls == [asked]
