@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 import httpx2
@@ -23,6 +24,7 @@ from models.types import WeightSource
 from models.vllm.engine import Answer, Outdated, Transient, Unreachable, read_answer, sampling_params
 from models.vllm.transfer import BACKENDS, Sender
 
+T = TypeVar("T")
 CONNECT_S = 10.0
 CONTROL_S = 30.0  # of a request that computes nothing
 UPDATE_S = 1800.0  # of a request that takes new weights
@@ -114,35 +116,11 @@ class ServerEngine:
             try:
                 if self._sender is None or await self.label() != self._sent:  # none, or another one since then
                     self._sender = await self._connect(self._transfer)
-                await self._send(self._sender, source)
+                await self._while_it_lives(partial(self._sender.send, source))
                 self._sent = label
             except BaseException:
                 await self._disconnect()
                 raise
-
-    async def _send(self, sender: Sender, source: WeightSource) -> None:
-        """And look after the server meanwhile: of one whose machine is gone nothing else would tell."""
-        failure: Exception | None = None
-        async with anyio.create_task_group() as tasks:
-
-            async def look() -> None:
-                nonlocal failure
-                try:
-                    while True:
-                        await anyio.sleep(LOOK_S)
-                        await self.check_alive()
-                except Transient as error:
-                    failure = error
-                    tasks.cancel_scope.cancel()
-
-            tasks.start_soon(look)
-            try:
-                await sender.send(source)
-            except (ProtegeError, Transient) as error:  # as itself, not in a group
-                failure = error
-            tasks.cancel_scope.cancel()
-        if failure is not None:
-            raise failure
 
     async def _connect(self, backend: str) -> Sender:
         await self._disconnect()
@@ -174,8 +152,8 @@ class ServerEngine:
     @asynccontextmanager
     async def _updated(self, label: str) -> AsyncIterator[None]:
         """For as long as new weights take: requests wait where they are, and no prefix is kept."""
-        await self._order("/pause", params={"mode": "keep", "clear_cache": "true"})
         try:
+            await self._order("/pause", params={"mode": "keep", "clear_cache": "true"})
             yield
             if self._repacks:
                 await self._order("/collective_rpc", timeout_s=UPDATE_S, json={"method": "repack_heads"})
@@ -223,9 +201,37 @@ class ServerEngine:
 
     async def _order(self, path: str, *, timeout_s: float = CONTROL_S, **request: Any) -> None:
         """Raises `ProtegeError` if the server does not do it."""
-        answer = await self._ask("POST", path, timeout_s, **request)
+        ask = partial(self._ask, "POST", path, timeout_s, **request)
+        answer = await (self._while_it_lives(ask) if timeout_s > CONTROL_S else ask())
         if answer.status_code != 200:
             raise ProtegeError(f"{self.name} did not take new weights: POST {path}: {reason_of(answer)}")
+
+    async def _while_it_lives(self, work: Callable[[], Awaitable[T]]) -> T:
+        """What takes long, and a look at the server now and then: of one that is frozen, or whose machine is gone,
+        nothing else would tell. Raises what `work` does, and `Transient`."""
+        found: list[T] = []
+        failure: Exception | None = None
+        async with anyio.create_task_group() as tasks:
+
+            async def look() -> None:
+                nonlocal failure
+                try:
+                    while True:
+                        await anyio.sleep(LOOK_S)
+                        await self.check_alive()
+                except Transient as error:
+                    failure = error
+                    tasks.cancel_scope.cancel()
+
+            tasks.start_soon(look)
+            try:
+                found.append(await work())
+            except (ProtegeError, Transient) as error:  # as itself, not in a group
+                failure = error
+            tasks.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+        return found[0]
 
     async def _ask(self, method: str, path: str, timeout_s: float, **request: Any) -> httpx2.Response:
         """Raises `Unreachable` if nothing comes back, `Transient` for a server that is not itself."""

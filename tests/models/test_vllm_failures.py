@@ -482,6 +482,44 @@ async def test_a_server_that_does_not_resume_is_asked_again_and_else_is_not_used
         assert not one.paused and s._pool.members[0].down is None
 
 
+async def test_a_server_that_freezes_while_it_reads_weights_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its own limit is half an hour: a large model takes a while to be read."""
+
+    class Freezing(Updatable):
+        frozen = False
+
+        def __call__(self, path: str, body: dict[str, Any]) -> Any:
+            self.frozen = self.frozen or path == "/collective_rpc"
+            return None if self.frozen else super().__call__(path, body)
+
+    monkeypatch.setattr("models.vllm.server.LOOK_S", 0.05)
+    monkeypatch.setattr("models.vllm.server.CONTROL_S", 0.3)
+    async with (
+        scripted_server(Freezing(0), healthy=False) as server,
+        scripted_server(Updatable(0)) as other,
+        sampler(tmp_path, ServerEngine(server.url), ServerEngine(other.url)) as s,
+    ):
+        with anyio.fail_after(10):
+            await s.update_weights(Weights(), 1)
+        assert [member.down is None for member in s._pool.members] == [False, True]
+        assert "while it took new weights" in str(s._pool.members[0].down)
+
+
+async def test_a_server_is_resumed_whose_pause_was_not_waited_for(tmp_path: Path):
+    class Slow(Updatable):
+        def __call__(self, path: str, body: dict[str, Any]) -> Any:
+            answer = super().__call__(path, body)
+            return None if path.startswith("/pause") else answer  # it does it all the same
+
+    slow = Slow(0)
+    async with scripted_server(slow) as server, sampler(tmp_path, ServerEngine(server.url)) as s:
+        with anyio.move_on_after(0.5):
+            await s.update_weights(Weights(), 1)
+        assert server.paths[-1] == "/resume" and not slow.paused
+
+
 # --- before a run
 
 
