@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import signal
 import socket
 import sys
@@ -133,10 +134,12 @@ def _quit_at_next() -> None:
 def _quit(number: int, _: object) -> None:
     """Not even what is being computed is waited for: engines, sandboxes and half-written files are left to what guards
     them."""
-    if os.isatty(1):
-        os.write(1, b"\x1b[?25h")  # the panel hides the cursor
-    os.write(2, b"\ninterrupted\n")
-    os._exit(128 + number)
+    try:
+        for stream, text in ((1, b"\x1b[?25h" * os.isatty(1)), (2, b"\ninterrupted\n")):  # the panel hides the cursor
+            if select.select([], [stream], [], 0)[1]:  # else it is a full pipe that nobody reads
+                os.write(stream, text)
+    finally:
+        os._exit(128 + number)
 
 
 def _may_follow_from_a_signal(error: BaseException) -> bool:

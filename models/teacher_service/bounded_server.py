@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import signal
 import socket
 import threading
@@ -94,8 +95,11 @@ class BoundedServer(Server):
         def watch() -> None:
             self._signalled.wait()
             threading.Event().wait(grace_s)
-            os.write(2, CUT_SHORT)
-            os._exit(self.exit_code)
+            try:
+                if select.select([], [2], [], 0)[1]:  # else it is a full pipe that nobody reads
+                    os.write(2, CUT_SHORT)
+            finally:
+                os._exit(self.exit_code)
 
         threading.Thread(target=watch, name="grace", daemon=True).start()
         for number in (signal.SIGINT, signal.SIGTERM):
