@@ -10,6 +10,8 @@ import difflib
 import importlib
 import logging
 import math
+import threading
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +23,9 @@ logger = logging.getLogger(__name__)
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
 """Tracker to the package that it needs; also the folder that it may write inside the run directory."""
+
+
+CLOSE_S = 60.0
 
 
 class _Tracker(Protocol):
@@ -54,12 +59,26 @@ class Trackers:
                 _warn(name, error)
 
     def close(self) -> None:
-        for name, tracker in self._trackers.items():
-            try:
-                tracker.close()
-            except Exception as error:
-                _warn(name, error)
+        """Takes no longer than `CLOSE_S`: one whose server is silent would try for ever to send what it still has."""
+        closing = {
+            name: threading.Thread(target=_close, args=(name, tracker), daemon=True, name=f"tracker {name}")
+            for name, tracker in self._trackers.items()
+        }
         self._trackers = {}
+        for thread in closing.values():
+            thread.start()
+        until = time.monotonic() + CLOSE_S
+        for name, thread in closing.items():
+            thread.join(max(0.0, until - time.monotonic()))
+            if thread.is_alive():
+                logger.warning("tracker %s did not end within %g s: what it had not sent yet is left", name, CLOSE_S)
+
+
+def _close(name: str, tracker: _Tracker) -> None:
+    try:
+        tracker.close()
+    except Exception as error:
+        _warn(name, error)
 
 
 def open_trackers(

@@ -2,6 +2,8 @@
 
 import logging
 import sys
+import threading
+import time
 import types
 
 import pytest
@@ -46,6 +48,22 @@ def test_rows_reach_each_tracker_without_what_is_no_finite_number(monkeypatch, t
     for fake in fakes.values():
         assert fake.rows == [(3, {"kl": 0.5})] and fake.finished == 1
         assert fake.started[0]["project"] == "distil" and fake.started[0]["config"] == {"seed": 1}
+
+
+def test_a_tracker_that_never_ends_is_left_behind(monkeypatch, tmp_path, caplog):
+    class Silent(FakeRun):
+        def finish(self):
+            threading.Event().wait(60)
+
+    monkeypatch.setattr("training.trackers.CLOSE_S", 0.2)
+    other = FakeRun()
+    install(monkeypatch, "wandb", Silent())
+    install(monkeypatch, "trackio", other)
+    trackers = open_trackers(["wandb", "trackio"], tmp_path, {})
+    started = time.monotonic()
+    trackers.close()
+    assert time.monotonic() - started < 10 and other.finished == 1
+    assert caplog.messages == ["tracker wandb did not end within 0.2 s: what it had not sent yet is left"]
 
 
 def test_a_resumed_run_goes_on_in_the_same_wandb_run(monkeypatch, tmp_path):
