@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from errors import ProtegeError
 logger = logging.getLogger(__name__)
 
 CPU_LIMIT_S = 5  # per answer; CPU and not wall time, so a busy machine grades alike
+WALL_LIMIT_S = 60.0  # for a process that is frozen and uses none; far more than a busy machine makes of the other
 MEMORY_LIMIT_BYTES = 4 << 30
 MAX_MATH_CHARS = 4_000  # what math-verify is given: its patterns are quadratic in the length
 
@@ -179,11 +181,11 @@ class MathWorker:
         question = json.dumps([answer, expected]).encode() + b"\n"
         with self._lock:
             process = self._running()
-            assert process.stdin is not None and process.stdout is not None
+            assert process.stdin is not None
             try:
                 process.stdin.write(question)
                 process.stdin.flush()
-                reply = process.stdout.readline()
+                reply = self._reply(process)
             except BrokenPipeError:
                 reply = b""
             if reply:
@@ -201,6 +203,14 @@ class MathWorker:
                 self._process.communicate()
             self._process = None
 
+    @staticmethod
+    def _reply(process: subprocess.Popen[bytes]) -> bytes:
+        """One line; none from a process that has ended, or is ended here because it says nothing."""
+        assert process.stdout is not None
+        if not select.select([process.stdout], [], [], WALL_LIMIT_S)[0]:
+            process.kill()
+        return process.stdout.readline()
+
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is not None and self._owner == os.getpid() and self._process.poll() is None:
             return self._process
@@ -213,8 +223,7 @@ class MathWorker:
             env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
             start_new_session=True,  # Ctrl-C is for the run; the worker ends when its stdin does
         )
-        assert process.stdout is not None
-        if process.stdout.readline() != b"ready\n":
+        if self._reply(process) != b"ready\n":
             status = process.wait()
             raise ProtegeError(f"math grading did not start (status {status}); is math-verify installed?")
         self._process, self._owner = process, os.getpid()

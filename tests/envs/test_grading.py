@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from envs import grading
 from envs.grading import MathWorker, accuracy_with_error, grade, last_boxed
 
 # --- mathematics ----------------------------------------------------------------------------------
@@ -125,6 +126,19 @@ def test_a_killed_worker_is_replaced(worker):
     assert worker.equal("\\boxed{x+x}", "\\boxed{2x}")
     os.kill(worker._process.pid, signal.SIGKILL)
     worker._process.wait()
+    assert worker.equal("\\boxed{x+x}", "\\boxed{2x}")
+
+
+def test_a_frozen_worker_is_ended_and_replaced(worker, monkeypatch, caplog):
+    assert worker.equal("\\boxed{x+x}", "\\boxed{2x}")
+    os.kill(worker._process.pid, signal.SIGSTOP)
+    with monkeypatch.context() as patched, ThreadPoolExecutor(1) as pool:
+        patched.setattr(grading, "WALL_LIMIT_S", 0.5)
+        asked = pool.submit(worker.equal, "\\boxed{x+x}", "\\boxed{2x}")
+        try:
+            assert asked.result(20) is False and "status -9" in caplog.text
+        finally:
+            worker._process and os.kill(worker._process.pid, signal.SIGCONT)
     assert worker.equal("\\boxed{x+x}", "\\boxed{2x}")
 
 
