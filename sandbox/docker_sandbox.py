@@ -128,6 +128,8 @@ class DockerSandbox:
                 shell_lost=key in self._lost,
             )
             if outcome is None:
+                if not await self._engine.answers():  # then that may be all that the time was for
+                    await self._give_up("the engine does not answer")
                 raise TimedOut(timeout_s, result)
             if isinstance(outcome, Report):
                 self._lost.discard(key)

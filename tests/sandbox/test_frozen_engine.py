@@ -23,7 +23,7 @@ from sandbox.base_image import ensure_base_image
 from sandbox.docker_engine import Engine, connect
 from sandbox.docker_sandbox import DockerSandbox, DockerSandboxFactory
 from sandbox.reap import SANDBOX_LABEL
-from sandbox.types import SandboxConfig
+from sandbox.types import SandboxConfig, TimedOut
 
 pytestmark = pytest.mark.anyio
 
@@ -168,6 +168,17 @@ async def test_sandboxes_of_an_engine_that_freezes_are_left_in_time_and_end_when
     with connect() as client:
         listed = partial(client.containers, filters={"label": SANDBOX_LABEL})  # those that run
         await gone(client, listed)
+
+
+@pytest.mark.docker
+@pytest.mark.slow
+async def test_a_command_whose_end_a_frozen_engine_does_not_tell_of_has_not_run_out_of_time(own: OwnEngine):
+    sandbox = await (await DockerSandboxFactory.connect("frozen")).create(ensure_base_image())
+    await sandbox.run_command("true", timeout_s=10)
+    freeze(own)
+    with pytest.raises(SandboxError, match="the engine does not answer") as caught:
+        await sandbox.run_command("true", timeout_s=1)
+    assert not isinstance(caught.value, TimedOut), "which a model would be told"
 
 
 @pytest.mark.docker
