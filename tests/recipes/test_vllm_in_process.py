@@ -113,6 +113,7 @@ def whose_group_has_a_signal() -> None:
 
 def test_an_engine_that_is_killed_while_it_takes_weights_ends_the_run(tmp_path: Path, models: dict[str, str]):
     process = start_run(tmp_path, models, whose_engine_is_killed)
+    until(lambda: steps_done(tmp_path / "run") >= 2 or process.exitcode is not None)
     assert tiny_models.finish(process) == 1, (tmp_path / "output").read_text()
     said = (tmp_path / "output").read_text().splitlines()
     assert "no engine is left" in said[-1] and "while it took new weights" in said[-1]
@@ -123,6 +124,7 @@ def test_an_engine_that_is_killed_while_it_takes_weights_ends_the_run(tmp_path: 
 
 def test_a_signal_to_the_run_and_its_engine_while_it_takes_weights(tmp_path: Path, models: dict[str, str]):
     process = start_run(tmp_path, models, whose_group_has_a_signal)
+    until(lambda: steps_done(tmp_path / "run") >= 2 or process.exitcode is not None)
     assert tiny_models.finish(process) == 143, (tmp_path / "output").read_text()
     assert tiny_models.final(tmp_path / "run").name == "step_000002"
     assert not tiny_models.leftovers(tmp_path / "run")
