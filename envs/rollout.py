@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from typing import TYPE_CHECKING
 
 import anyio
@@ -23,6 +24,9 @@ from errors import InfrastructureError
 if TYPE_CHECKING:  # at run time it would bring torch into every environment
     from models.types import Sampler
 
+logger = logging.getLogger(__name__)
+CLOSE_S = 120.0  # for giving back what an env or a builder holds: it is not cancelled, and may be anybody's code
+
 
 def derive_seed(*parts: object) -> int:
     """A 63-bit seed from any values, the same on every machine: no shared random state to save or race for."""
@@ -42,9 +46,9 @@ async def run_episode(
             if isinstance(env, Closable):
                 # Not a scope of its own: a task group that the env has opened must be left inside of the scope that it
                 # was entered in.
-                scope.shield = True
+                scope.shield, scope.deadline = True, anyio.current_time() + CLOSE_S
                 await env.aclose()
-    raise AssertionError("nobody cancels this scope")
+    raise InfrastructureError(f"{builder.row_id}: what an episode held was not given back within {CLOSE_S:g} s")
 
 
 async def _run_turns(env: Env, sampler: Sampler, builder: EnvGroupBuilder, *, temperature: float, seed: int) -> Episode:
@@ -100,8 +104,10 @@ async def run_group(builder: EnvGroupBuilder, sampler: Sampler, *, temperature: 
     except InfrastructureError as error:  # of make_envs: attempts catch their own
         results.update(dict.fromkeys(range(builder.group_size), error))
     finally:
-        with anyio.CancelScope(shield=True):
+        with anyio.move_on_after(CLOSE_S, shield=True) as cleaning:
             await builder.cleanup()
+        if cleaning.cancelled_caught:
+            logger.warning("%s: its cleanup did not end within %g s and was given up", builder.row_id, CLOSE_S)
     ordered = [results[k] for k in range(builder.group_size)]
     return EpisodeGroup(
         dataset=builder.dataset,

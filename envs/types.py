@@ -117,7 +117,7 @@ class Env(Protocol):
 @runtime_checkable
 class Closable(Protocol):
     """An env with something to give back. `run_episode` calls `aclose` as soon as the episode ends:
-    finished, failed or cancelled. It does not raise."""
+    finished, failed or cancelled. It does not raise, and is given two minutes."""
 
     async def aclose(self) -> None: ...
 

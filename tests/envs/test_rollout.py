@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import anyio
 import numpy as np
 import pytest
 
+from envs import rollout
 from envs.prompt_only import PromptOnlyEnv, PromptOnlyGroupBuilder
 from envs.rollout import derive_seed, run_episode, run_group
 from envs.types import Message, Observation, Sampled, SamplingParams, StepResult, StopCondition, StopReason
@@ -243,6 +245,46 @@ async def test_cancellation_cleans_up():
         await run_group(row, Hanging(), temperature=1.0, seed=5)
     assert scope.cancelled_caught
     assert row.cleaned == 1
+
+
+@dataclass
+class Held(Talking):
+    """Never gives back what it holds."""
+
+    async def aclose(self) -> None:
+        await anyio.sleep_forever()
+
+
+async def test_what_is_never_given_back_drops_its_episode(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(rollout, "CLOSE_S", 0.1)
+    with anyio.fail_after(10):
+        row = Row([Held(says=[]), Talking(says=[])])
+        group = await run_group(row, ScriptedSampler([7, STOP], [8, STOP]), temperature=1.0, seed=5)
+    assert group.dropped == ("infrastructure",) and len(group.episodes) == 1
+    assert group.causes == ("r7: what an episode held was not given back within 0.1 s",)
+
+
+async def test_who_is_cancelled_waits_for_what_is_given_back_no_longer_than_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    class NeverClean(Row):
+        async def cleanup(self) -> None:
+            await anyio.sleep_forever()
+
+    monkeypatch.setattr(rollout, "CLOSE_S", 0.1)
+    task = asyncio.create_task(cancelled_group(NeverClean([Held(says=[])])))  # no limit of anyio's would end it
+    try:
+        await asyncio.wait([task], timeout=10)
+        assert task.done() and task.result()
+    finally:
+        task.cancel()
+    assert caplog.messages == ["r7: its cleanup did not end within 0.1 s and was given up"]
+
+
+async def cancelled_group(row: Row) -> bool:
+    with anyio.move_on_after(0.05) as scope:
+        await run_group(row, Hanging(), temperature=1.0, seed=5)
+    return scope.cancelled_caught
 
 
 async def test_the_group_of_a_prompt_renders_it_once_for_all():
