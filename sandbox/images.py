@@ -42,6 +42,7 @@ REPOSITORY = "protege-image"
 FORMAT = "1"  # raise it when the same folder would be built otherwise
 PULL_TIMEOUT_S = 1800.0
 LOCK_POLL_S = 0.2
+ROUND_IT_S = 60.0  # what making an image takes besides the making: connecting, sending it, cutting it off
 TELL_S = 10.0  # who waits longer for another process says so
 CUT_S = 5.0  # that an answer which is cut off may take to end; it is left behind where the engine has not begun it
 STEP = re.compile(r"^STEP (\d+/\d+) ?: (.*)", re.IGNORECASE)
@@ -69,9 +70,10 @@ class Images:
         image = substitute(image, self._substitutes)
         if image.partition(":")[0] == BASE_IMAGE:
             await self._engine.in_thread(ensure_base_image)
-        async with self._once(image, timeout_s):
-            if not await self._has(image):
-                await self._pull(image, timeout_s)
+        if not await self._has(image):
+            async with self._once(image, timeout_s):
+                if not await self._has(image):  # pulled by who was first
+                    await self._pull(image, timeout_s)
         return image
 
     async def build(
@@ -106,8 +108,9 @@ class Images:
             failed = self._failures.get(name)
             if failed is not None and failed[0] >= asked:
                 raise failed[1]
-            try:
-                async with locked_file(cache_folder() / f"{safe_name(name)}.lock", timeout_s):
+            try:  # a turn first: who holds the lock works, and another process can tell how long that may take
+                lock = cache_folder() / f"{safe_name(name)}.lock"
+                async with self._builds, locked_file(lock, timeout_s + ROUND_IT_S):
                     yield
             except ImageBuildError as error:
                 self._failures[name] = (time.monotonic(), error)
@@ -148,17 +151,16 @@ class Images:
 
     async def _follow(self, answer: Answer, what: str, timeout_s: float) -> None:
         """Reads the engine's answer to its end, which is the end of the work, too. Cancelling it ends the work."""
-        async with self._builds:
-            reading = call_in_thread(answer.read)
-            try:
-                with anyio.move_on_after(timeout_s) as limit:
-                    await self._engine.outcome(reading)
-                if limit.cancelled_caught:
-                    answer.problem = f"took longer than {timeout_s:g} s"
-            finally:
-                answer.cut()
-                with CancelScope(shield=True):
-                    await asyncio.wait([reading], timeout=CUT_S)
+        reading = call_in_thread(answer.read)
+        try:
+            with anyio.move_on_after(timeout_s) as limit:
+                await self._engine.outcome(reading)
+            if limit.cancelled_caught:
+                answer.problem = f"took longer than {timeout_s:g} s"
+        finally:
+            answer.cut()
+            with CancelScope(shield=True):
+                await asyncio.wait([reading], timeout=CUT_S)
         if answer.problem:
             raise ImageBuildError(f"{what} failed{answer.where()}: {answer.problem} (log: {answer.log})")
 

@@ -99,6 +99,27 @@ async def test_a_process_that_is_stopped_over_an_image_is_named_and_one_that_is_
             assert path.read_text() == str(os.getpid())
 
 
+async def test_who_waits_for_a_turn_keeps_no_other_process_from_its_image(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Else a queue of builds here would pass for a process there that is stopped."""
+    making, made = images.Images(Engine(None), {}), []  # type: ignore[arg-type]
+    monkeypatch.setattr(making, "_builds", anyio.CapacityLimiter(1))
+
+    async def make(name: str) -> None:
+        async with making._once(name, 10.0):
+            made.append(name)
+            await anyio.sleep(0.5)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(make, "first")
+        tasks.start_soon(make, "second")
+        await anyio.sleep(0.1)
+        async with locked_file(images.cache_folder() / "second.lock", 0.0):
+            assert made == ["first"]
+    assert made == ["first", "second"]
+
+
 HEREDOCS = r"""# escape=`
 FROM protege-base
 WORKDIR /made
