@@ -43,6 +43,7 @@ REMOVAL_TRIES = 5
 REMOVAL_S = 60.0  # no further try after this: an engine that is stuck over a container answers no call about it
 RETURN_POLL_S = 0.5
 RETURN_S = 120.0  # an engine that restarts is back within this
+BEGINNINGS = 3  # of work over which it goes away; after that it is there, and hangs over the work
 
 
 def connect(client_type: type[C] = docker.APIClient) -> C:
@@ -209,20 +210,25 @@ class Engine:
 
     async def outlast(self, work: Callable[[], Awaitable[T]]) -> T:
         """What `work()` returns. If the engine goes away over it, it is begun anew when the engine is back: for work
-        that may be begun twice. Raises `SandboxError`, also if the engine stays away for `RETURN_S`."""
-        while True:
+        that may be begun twice. Raises `SandboxError`, also if the engine stays away for `RETURN_S`, or is there and
+        does not do it."""
+        failure: Exception | None = None
+        for _ in range(BEGINNINGS):
             try:
                 return await work()
             except (SandboxError, SandboxUnavailableError) as error:
-                refused = error.__cause__ is None or isinstance(error.__cause__, docker.errors.APIError)
-                if refused and await self.answers():
-                    raise
-                until = time.monotonic() + RETURN_S  # from here: the work itself may have taken long
+                failure = error
+            refused = failure.__cause__ is None or isinstance(failure.__cause__, docker.errors.APIError)
+            if refused and await self.answers():
+                raise failure
+            until = time.monotonic() + RETURN_S  # from here: the work itself may have taken long
+            await anyio.sleep(RETURN_POLL_S)
+            while not await self.answers() and time.monotonic() < until:
                 await anyio.sleep(RETURN_POLL_S)
-                while not await self.answers() and time.monotonic() < until:
-                    await anyio.sleep(RETURN_POLL_S)
-                if time.monotonic() > until:  # in the midst of a run this is no mistake of the user's any longer
-                    raise SandboxError(f"the engine has gone away: {error}") from error
+            if time.monotonic() > until:
+                break
+        # In the midst of a run this is no mistake of the user's any longer.
+        raise SandboxError(f"the engine has gone away, or is stuck: {failure}") from failure
 
     async def open_exec(
         self, container: str, command: list[str], env: dict[str, str], user: str | None

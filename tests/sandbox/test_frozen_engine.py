@@ -15,12 +15,13 @@ from typing import Any
 import anyio
 import docker
 import pytest
+import requests
 from own_engine import OwnEngine
 
 from errors import SandboxError, SandboxUnavailableError
 from sandbox import docker_engine, images
 from sandbox.base_image import ensure_base_image
-from sandbox.docker_engine import Engine, connect
+from sandbox.docker_engine import Engine, as_sandbox_errors, connect
 from sandbox.docker_sandbox import DockerSandbox, DockerSandboxFactory
 from sandbox.reap import SANDBOX_LABEL
 from sandbox.types import SandboxConfig, TimedOut
@@ -94,6 +95,21 @@ async def test_who_is_cancelled_does_not_wait_for_a_frozen_engine(scripted: Any)
     with anyio.move_on_after(0.1) as scope:
         await Engine(scripted).in_thread(scripted.work)
     assert scope.cancelled_caught and time.monotonic() - started < 5
+
+
+async def test_an_engine_that_lives_and_never_does_the_work_is_not_asked_for_ever(scripted: Any):
+    """As one whose storage hangs: it answers pings, and no call that makes a container."""
+    tries = 0
+
+    async def make() -> None:
+        nonlocal tries
+        tries += 1
+        with as_sandbox_errors("creating a sandbox"):
+            raise requests.ReadTimeout("read timed out")
+
+    with anyio.fail_after(10), pytest.raises(SandboxError, match="is stuck: creating a sandbox: read timed out"):
+        await Engine(scripted).outlast(make)
+    assert tries == 3
 
 
 def test_an_address_that_takes_connections_and_says_nothing_is_named_soon(monkeypatch: pytest.MonkeyPatch):
