@@ -9,6 +9,7 @@ import select
 import signal
 import socket
 import sys
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from errors import CheckpointError, ProtegeError
 T = TypeVar("T")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+EXIT_S = 20.0  # that Python may take to end after a signal
 STOPPING = "stopping: what was begun is finished or undone; Ctrl-C again to quit now"
 
 
@@ -49,8 +51,9 @@ def raised_at_signals() -> Iterator[None]:
     try:
         with _handled_by(stop):
             yield
-    except Interrupted:
-        _quit_at_next()  # what is still computed may keep the process for long
+    except Interrupted as interrupted:
+        _quit_at_next()
+        _quit_after(EXIT_S, interrupted.exit_code)
         raise
 
 
@@ -129,6 +132,20 @@ def _handled_by(first: Callable[[int], None]) -> Iterator[None]:
 def _quit_at_next() -> None:
     for number in SIGNALS:
         signal.signal(number, _quit)
+
+
+def _quit_after(seconds: float, exit_code: int) -> None:
+    """All is cleaned up, but Python waits at its end for threads that compute or download."""
+
+    def end() -> None:
+        try:
+            sys.stdout.flush()
+        finally:
+            os._exit(exit_code)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
 
 
 def _quit(number: int, _: object) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import tiny_models
 from test_engines_that_die import CopyEngine
-from tiny_models import training_rows
+from tiny_models import ROOT, training_rows
 
 from models.vllm.engine import Unreachable
 from models.vllm.handover import Model
@@ -98,3 +98,35 @@ def test_a_second_signal_waits_for_nothing(tmp_path: Path, models: dict[str, str
     assert time.monotonic() - started < 20, "not for the minute that the update takes"
     assert "interrupted" in output.read_text() and "Traceback" not in output.read_text()
     assert tiny_models.final(tmp_path / "run").name == "step_000002", "the last checkpoint is whole"
+
+
+LOADING = """
+import os, time, chz
+from models.device_thread import compute_blocking
+from recipes.cli import run_cli
+from training import signals
+signals.EXIT_S = 1.0
+@chz.chz
+class Config: ...
+def main(config):
+    print("what stdout still holds")
+    os.write(1, b"loading\\n")
+    compute_blocking(time.sleep, 100)  # as a download that no exception reaches
+run_cli(main, Config, argv=[])
+"""
+
+
+def test_what_cannot_be_interrupted_at_the_start_is_left_behind():
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOADING], stdout=subprocess.PIPE, text=True, cwd=ROOT, env=buffered
+    )
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "loading\n"
+        started = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.read() == "what stdout still holds\n"
+        assert process.wait(10) == 143 and time.monotonic() - started < 20
+    finally:
+        process.kill()
+        process.communicate()
