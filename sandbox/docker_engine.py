@@ -35,6 +35,7 @@ C = TypeVar("C", bound=docker.APIClient)
 
 ENGINE_ERRORS = (docker.errors.DockerException, requests.RequestException, urllib3.exceptions.HTTPError, OSError)
 CALL_TIMEOUT_S = 120  # of one answer of the engine; 32 containers starting at once take seconds each
+CONNECT_S = 30.0  # of the first answer: systemd starts an engine when somebody comes, who waits for it meanwhile
 SLOW_S = 10.0  # an engine that takes longer over a call is looked at, and again whenever as much has passed
 PING_S = 10.0  # an engine that lives answers a ping at once, whatever else it does
 CALLS_AT_ONCE = 16
@@ -55,7 +56,7 @@ def connect(client_type: type[C] = docker.APIClient) -> C:
             " socket (ssh -L ./docker.sock:/var/run/docker.sock host) and set DOCKER_HOST=unix://$PWD/docker.sock"
         )
     try:
-        client = client_type(**docker.utils.kwargs_from_env(), version="auto", timeout=int(PING_S))
+        client = client_type(**docker.utils.kwargs_from_env(), version="auto", timeout=int(CONNECT_S))
         client.ping()
         client.timeout = CALL_TIMEOUT_S
     except ENGINE_ERRORS as error:

@@ -113,6 +113,7 @@ async def test_an_engine_that_lives_and_never_does_the_work_is_not_asked_for_eve
 
 
 def test_an_address_that_takes_connections_and_says_nothing_is_named_soon(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(docker_engine, "CONNECT_S", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("DOCKER_HOST", f"tcp://127.0.0.1:{silent.getsockname()[1]}")
         started = time.monotonic()
