@@ -29,12 +29,12 @@ class Outdated(Unreachable):
 
 @dataclass(frozen=True)
 class Answer:
-    """One sampled turn, and the label of the weights that drew its first token."""
+    """One sampled turn, and the labels of the engine's own weights that drew it, from its first token on."""
 
     token_ids: list[int]
     logprobs: list[float]
     stopped: bool
-    label: str
+    labels: tuple[str, ...]  # under an adapter, of the weights that it was put on
 
 
 class Engine(Protocol):
@@ -55,8 +55,8 @@ class Engine(Protocol):
     @property
     def started(self) -> bool: ...  # it has a model, whatever its weights
 
-    async def start(self, model: Path) -> None:
-        """Load the model in a folder."""
+    async def start(self, model: Path, label: str) -> None:
+        """Load the model in a folder: weights with this label."""
         ...
 
     async def generate(self, prompt_ids: Sequence[int], params: SamplingParams, adapter: str | None) -> Answer:
@@ -119,20 +119,24 @@ def read_answer(name: str, body: Mapping[str, Any], vocab_size: int | None = Non
         content = choice["logprobs"]["content"]
         logprobs = [float(entry["logprob"]) for entry in content]
         matching = [entry["token_id"] for entry in content] == ids
-        label = str(choice["weight_versions"][0]["version"])
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+        labels = tuple(str(span["version"]) for span in choice["weight_versions"])
+    except (KeyError, TypeError, ValueError) as error:
         raise SamplerError(f"{name} sent a malformed answer ({type(error).__name__}: {error})") from error
     if not matching:
         raise SamplerError(f"{name} sent logprobs of other tokens than it sampled")
-    return checked_answer(name, ids, logprobs, reason, label)
+    return checked_answer(name, ids, logprobs, reason, labels)
 
 
-def checked_answer(name: str, ids: list[int], logprobs: list[float], reason: str | None, label: str) -> Answer:
+def checked_answer(
+    name: str, ids: list[int], logprobs: list[float], reason: str | None, labels: tuple[str, ...]
+) -> Answer:
     """Raises `SamplerError` for an answer that cannot be trained on, `Transient` for one that was broken off."""
     if reason not in ("stop", "length"):
         raise Transient(f"{name} broke a request off ({reason})")
     if not ids or len(ids) != len(logprobs):
         raise SamplerError(f"{name} sampled {len(ids)} tokens and gave {len(logprobs)} logprobs")
+    if not labels:
+        raise SamplerError(f"{name} does not say which weights sampled")
     if bad := [p for p in logprobs if not math.isfinite(p) or p <= NO_LOGPROB or p > LOGPROB_ROUNDING]:
         raise SamplerError(f"{name} gave no usable logprob for {len(bad)} of {len(ids)} sampled tokens, e.g. {bad[0]}")
-    return Answer(ids, logprobs, reason == "stop", label)
+    return Answer(ids, logprobs, reason == "stop", labels)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +40,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Handed:
-    label: str  # of the weights, which engines give back with every answer
+    label: str  # of the engines' own weights, which they give back with every answer
     adapter: str | None  # the adapter to ask for; None where the engines' own weights are the learner's
 
 
@@ -51,11 +51,18 @@ class Handover:
         self._model = model
         self._temperature = temperature
         self._run = run
+        self._base = f"protege-{run}-base"  # label of the weights that adapters are put on
         self._sending = anyio.Lock()  # a transfer holds a copy of the weights, and buffers on the device
         self._adapters: list[tuple[str, Path]] = []  # the last ones, as requests in flight still use them
 
-    def version_of(self, label: str) -> int | None:
-        """None for weights of somebody else."""
+    def version_of(self, labels: Sequence[str], adapter: str | None) -> int | None:
+        """Of the weights that drew an answer's first token, from its `labels`; None if somebody else's drew any."""
+        if adapter is not None:
+            return self._version(adapter) if set(labels) == {self._base} else None
+        versions = [self._version(label) for label in labels]
+        return None if None in versions else versions[0]
+
+    def _version(self, label: str) -> int | None:
         run, _, version = label.rpartition("-")
         return int(version) if run == f"protege-{self._run}" and version.isdigit() else None
 
@@ -67,6 +74,7 @@ class Handover:
         try:
             await self._start(members, source, folder / "base", with_adapter=adapter is None)
             if adapter is not None:
+                await self._give_base(members, source, folder / "base")
                 await self._drop_older(members)
                 await self._write(source.save_adapter, folder / "adapter")
             elif not all(member.engine.takes_tensors for member in members):
@@ -82,7 +90,7 @@ class Handover:
             await _remove(folder / "base" if kept else folder)
         if adapter is not None:
             self._adapters.append((adapter, folder))
-        return Handed(label, adapter)
+        return Handed(label if adapter is None else self._base, adapter)
 
     async def clean(self) -> None:
         for _, folder in self._adapters:
@@ -96,11 +104,31 @@ class Handover:
             if not member.engine.started:
                 await self._write(source.save if with_adapter else source.save_base, folder)
                 await anyio.to_thread.run_sync(self._model.tokenizer.save_pretrained, folder)
-                await member.engine.start(folder)
+                await member.engine.start(folder, self._base)
+
+    async def _give_base(self, members: Sequence[Member], source: WeightSource, folder: Path) -> None:
+        """An adapter is worth nothing on the weights of another model or run: servers get those that it is made for."""
+
+        async def give(member: Member) -> None:
+            async with _giving(member):
+                with anyio.fail_after(UPDATE_S):
+                    await member.engine.wake()
+                    await member.engine.reload(folder, self._base)
+
+        without = []
+        for member in members:
+            if member.down is None:
+                async with _giving(member):
+                    if await member.engine.label() != self._base:
+                        without.append(member)
+        if without:
+            await self._write(source.save_base, folder)
+            async with anyio.create_task_group() as tasks:
+                for member in without:
+                    tasks.start_soon(give, member)
 
     async def _give(self, member: Member, folder: Path, label: str, adapter: str | None, source: WeightSource) -> None:
-        member.unproven = True  # also after an error: the label is set before the proof, and tells nothing of it
-        try:
+        async with _giving(member):
             async with self._sending if member.engine.takes_tensors else nullcontext():
                 with anyio.fail_after(UPDATE_S):
                     await member.engine.wake()
@@ -113,12 +141,6 @@ class Handover:
             with anyio.fail_after(PROOF_S):
                 await self._prove(member.engine, label, adapter, source)
             member.unproven = False
-        except (Transient, TimeoutError) as error:  # gone meanwhile: it gets them when it is back, at the next update
-            why = str(error) or f"{member.engine.name} froze"
-            member.take_out(f"{why}, while it took new weights")
-        except BaseException:
-            member.take_out(f"{member.engine.name} took new weights that were not proven")
-            raise
 
     async def _prove(self, engine: Engine, label: str, adapter: str | None, source: WeightSource) -> None:
         """Raises `ProtegeError` unless what the engine samples is as likely under the learner's weights as it says."""
@@ -129,10 +151,10 @@ class Handover:
         pairs = list(zip(answer.logprobs, of_learner[len(prompt) - 1 :], strict=True))
         difference = sum(abs(a - b) for a, b in pairs) / len(pairs)
         allowed = ALLOWED[self._model.dtype]
-        if answer.label != label or not difference <= allowed:
+        if answer.labels != (label if adapter is None else self._base,) or not difference <= allowed:
             mine, theirs = (sum(values) / len(pairs) for values in zip(*pairs, strict=True))
             raise ProtegeError(
-                f"{engine.name} did not take the weights {label!r}: it says {answer.label!r}, and gives "
+                f"{engine.name} did not take the weights {label!r}: it says {', '.join(answer.labels)!r}, and gives "
                 f"{len(pairs)} probed tokens a mean logprob of {mine:.4f} where the learner gives {theirs:.4f} "
                 f"(mean difference {difference:.2g}, allowed for {self._model.dtype}: {allowed:g}). Is it another "
                 "model, another number type, or not started with --logprobs-mode processed_logprobs? "
@@ -160,6 +182,20 @@ class Handover:
                 f"the weights for vLLM could not be written to {folder}: {error}. Make room for one copy of the model "
                 "there, or give another log_path; the run can be resumed"
             ) from error
+
+
+@asynccontextmanager
+async def _giving(member: Member) -> AsyncIterator[None]:
+    """An engine that is gone meanwhile is taken out, and gets its weights when it is back, at the next update."""
+    member.unproven = True  # also after an error: the label is set before the proof, and tells nothing of it
+    try:
+        yield
+    except (Transient, TimeoutError) as error:
+        why = str(error) or f"{member.engine.name} froze"
+        member.take_out(f"{why}, while it took new weights")
+    except BaseException:
+        member.take_out(f"{member.engine.name} took new weights that were not proven")
+        raise
 
 
 async def _remove(folder: Path) -> None:

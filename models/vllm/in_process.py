@@ -108,7 +108,7 @@ class InProcessEngine:
     def started(self) -> bool:
         return self._llm is not None
 
-    async def start(self, model: Path) -> None:
+    async def start(self, model: Path, label: str) -> None:
         with anyio.CancelScope(shield=True):  # half an engine could not be ended
             try:
                 self._llm = await anyio.to_thread.run_sync(_start, self.options.arguments(model), self._brood)
@@ -118,6 +118,7 @@ class InProcessEngine:
                     f"vLLM did not start ({type(error).__name__}: {error}). Its own messages are above; "
                     "see docs/vllm.md for what decides its memory, context and number types"
                 ) from error
+            await self._call("update_weight_version", label)
 
     async def close(self) -> None:
         llm, self._llm = self._llm, None
@@ -145,7 +146,7 @@ class InProcessEngine:
                 request.cancel()
                 with anyio.CancelScope(shield=True):
                     await asyncio.wait([request])
-        return _of_output(self.name, request.result(), adapter)
+        return _of_output(self.name, request.result())
 
     async def _generate(self, prompt_ids: list[int], params: SamplingParams, adapter: Any) -> Any:
         vllm = _import("vllm.sampling_params")
@@ -275,12 +276,12 @@ def _sigint_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
 
-def _of_output(name: str, output: Any, adapter: str | None) -> Answer:
+def _of_output(name: str, output: Any) -> Answer:
     if output is None:
         raise Transient(f"{name} gave no answer")
     (found,) = output.outputs
     ids = list(found.token_ids)
     steps = found.logprobs or []
     logprobs = [step[token].logprob for step, token in zip(steps, ids, strict=False) if token in step]
-    label = adapter or (found.weight_versions[0].version if found.weight_versions else "")
-    return checked_answer(name, ids, logprobs, found.finish_reason, label)
+    labels = tuple(span.version for span in found.weight_versions or ())
+    return checked_answer(name, ids, logprobs, found.finish_reason, labels)

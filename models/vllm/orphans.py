@@ -44,11 +44,14 @@ class Brood:
         self._guard = subprocess.Popen(
             [sys.executable, __file__, f"{me.pid}:{me.create_time()}", self._mark, str(self._grace_s)],
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             cwd=Path(__file__).anchor,  # so as not to hold a folder that is to be removed
             start_new_session=True,  # Ctrl-C is not for it
         )
+        assert self._guard.stdout is not None
+        with self._guard.stdout as said:
+            said.readline()  # it watches: on a busy machine an engine may have hidden its mark before
         resource_tracker.ensure_running()  # the whole process's, and not this brood's
         os.environ[VARIABLE] = self._mark
         try:
@@ -135,6 +138,7 @@ def main(parent: str, mark: str, grace_s: str) -> None:
         run = psutil.Process(int(pid))
         run = run if str(run.create_time()) == started else None  # else the number belongs to somebody else by now
     watch = Watch(run, mark)
+    print("watching", flush=True)
     while watch.parent_runs() and not told.is_set():
         watch.look()
         told.wait(EAGER_S if time.monotonic() - watch.last_new < SETTLED_S else LAZY_S)

@@ -137,10 +137,9 @@ class Pool:
 
 async def check_current(engine: Engine, label: str | None, adapter: str | None) -> None:
     """Raises `Outdated`."""
-    if adapter is not None:
-        if not await engine.has_adapter(adapter):
-            raise Outdated(f"{engine.name} does not have the adapter {adapter} (it was started again)")
-    elif label is not None and (found := await engine.label()) != label:
+    if adapter is not None and not await engine.has_adapter(adapter):
+        raise Outdated(f"{engine.name} does not have the adapter {adapter} (it was started again)")
+    if label is not None and (found := await engine.label()) != label:
         raise Outdated(
             f"{engine.name} has the weights {found!r} and not {label!r} (it was started again, or another run uses it)"
         )

@@ -144,7 +144,7 @@ class _Server:
             )
         rank = weights.lora_rank
         takes = bool(rank and lora and hot and int(lora["max_lora_rank"]) >= rank)
-        if on_cpu and weights.tied and not rank and not repacks:
+        if on_cpu and weights.tied and not repacks:
             raise ConfigError(
                 f"{self._where} computes on a CPU, where vLLM keeps a copy of a head that is the embedding too, and a "
                 f"reload forgets it. Start it with --worker-extension-cls {EXTENSION}, and Protege installed beside it"

@@ -120,12 +120,13 @@ class VLLMSampler:
         return member.down is None
 
     async def _sample_at(self, member: Member, prompt_ids: list[int], params: SamplingParams) -> Sampled:
+        adapter = self._adapter
         with anyio.CancelScope() as scope:  # cancelled when the engine is found to be gone
             member.scopes.add(scope)
             try:
                 with anyio.fail_after(self.waits.request_s):
                     await member.engine.wake()
-                    answer = await member.engine.generate(prompt_ids, params, self._adapter)
+                    answer = await member.engine.generate(prompt_ids, params, adapter)
             except TimeoutError as error:
                 raise SamplerError(
                     f"{member.engine.name} took more than {self.waits.request_s:g} s for one turn. "
@@ -135,19 +136,18 @@ class VLLMSampler:
                 member.scopes.discard(scope)
         if scope.cancelled_caught:
             raise Unreachable(str(member.down))
-        version = self._version_of(member, answer)
+        version = self._version_of(member, answer, adapter)
         self._pool.remember([*prompt_ids, *answer.token_ids], member)
         return Sampled(answer.token_ids, answer.logprobs, answer.stopped, version)
 
-    def _version_of(self, member: Member, answer: Answer) -> int:
+    def _version_of(self, member: Member, answer: Answer, adapter: str | None) -> int:
         """Raises `Outdated` for tokens that were drawn by weights which this run has not handed over."""
         if self._label is None:
             return self._version
-        version = self._handover.version_of(answer.label)
-        if version is None:
+        if (version := self._handover.version_of(answer.labels, adapter)) is None:
             raise Outdated(
-                f"{member.engine.name} sampled with the weights {answer.label!r} and not with this run's: it was "
-                "started again, or another run uses it"
+                f"{member.engine.name} sampled with the weights {', '.join(answer.labels)!r} and not with this run's: "
+                "it was started again, or another run uses it"
             )
         return version
 

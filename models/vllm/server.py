@@ -82,7 +82,7 @@ class ServerEngine:
     def started(self) -> bool:
         return True
 
-    async def start(self, model: Path) -> None:
+    async def start(self, model: Path, label: str) -> None:
         raise AssertionError("a server is started by its owner")
 
     async def generate(self, prompt_ids: Sequence[int], params: SamplingParams, adapter: str | None) -> Answer:
@@ -95,8 +95,7 @@ class ServerEngine:
             raise Outdated(f"{self.name} does not have the adapter {adapter}")
         if answer.status_code != 200:
             raise SamplerError(f"{self.name} refused a request: {reason_of(answer)}")
-        found = read_answer(self.name, _json_of(self.name, answer))
-        return found if adapter is None else Answer(found.token_ids, found.logprobs, found.stopped, adapter)
+        return read_answer(self.name, _json_of(self.name, answer))
 
     async def check_alive(self) -> None:
         await self._ask("GET", "/health", CONTROL_S)

@@ -81,8 +81,8 @@ class ScriptedEngine:
     async def close(self) -> None:
         self.calls.append("close")
 
-    async def start(self, model: Path) -> None:
-        self.started = True
+    async def start(self, model: Path, label: str) -> None:
+        self.started, self.current = True, label
         self.calls.append("start")
 
     async def generate(self, prompt_ids: Sequence[int], params: SamplingParams, adapter: str | None) -> Answer:
@@ -94,7 +94,7 @@ class ScriptedEngine:
         self._check()
         value = self.value if adapter is None else self.adapters[adapter]
         ids = list(range(7, 7 + params.max_tokens))
-        return Answer(ids, [value] * len(ids), False, adapter or self.current)
+        return Answer(ids, [value] * len(ids), False, (self.current,))
 
     async def check_alive(self) -> None:
         self._check()

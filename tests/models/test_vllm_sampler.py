@@ -62,7 +62,7 @@ async def in_process(folder: Path) -> AsyncIterator[InProcessEngine]:
         engine = InProcessEngine(
             EngineOptions("float32", max_num_seqs=16, max_model_len=512, enforce_eager=True, lora_rank=RANK)
         )
-        await engine.start(folder)
+        await engine.start(folder, "the fixture's")
     yield engine
     await engine.close()
 

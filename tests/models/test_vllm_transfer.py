@@ -256,7 +256,7 @@ async def engine(by_file: Any, tmp_path_factory: pytest.TempPathFactory) -> Asyn
     folder = tmp_path_factory.mktemp("model")
     tiny.vllm_folder(folder, tiny.vllm_model())
     engine = InProcessEngine(replace(SMALL, transfer=by_file.NAME))
-    await engine.start(folder)
+    await engine.start(folder, "the fixture's")
     yield engine
     await engine.close()
 

@@ -75,7 +75,7 @@ class CopyEngine:
             if token in params.stop.token_ids:
                 break
         self.answered += 1
-        return Answer(ids[len(prompt_ids) :], logprobs, ids[-1] in params.stop.token_ids, self.current)
+        return Answer(ids[len(prompt_ids) :], logprobs, ids[-1] in params.stop.token_ids, (self.current,))
 
 
 def on(*engines: CopyEngine) -> Any:
