@@ -205,7 +205,7 @@ def check(config: Config) -> Checked:
     if asked is not None:
         servers = samplers.check_teacher_servers(asked, models.only_teacher.renderer.tokenizer)
         length = min(server.max_model_len for server in servers)
-        models = models.with_length(length, f"{asked.urls[0]} reads {length} tokens, its --max-model-len")
+        models = models.with_length(length, setup.server_limit(asked.urls[0], length))
     checked = Checked(rows, models, header, saved, asked)
     _check_lengths(config, checked)
     return checked

@@ -142,11 +142,17 @@ def _context(
     """The longest sequence that all of them read, and what sets it."""
     sources = [student, *(teacher.source for teacher in teachers.values() if teacher.served is None)]
     lengths = [context_length(load_config(source)) for source in sources]
-    lengths += [server.max_model_len for server in servers]
-    lengths += [config.sampler.max_model_len] if isinstance(config.sampler, VLLMConfig) else []
     limits = [(length, f"the models' context is {length} tokens") for length in lengths if length]
+    limits += [(s.max_model_len, server_limit(s.url, s.max_model_len)) for s in servers]
+    if isinstance(config.sampler, VLLMConfig) and (length := config.sampler.max_model_len) is not None:
+        limits.append((length, f"sampler.max_model_len={length}"))
     limits += [(how.context_length, how.context_limit) for t in teachers.values() if (how := t.served) is not None]
     return min(limits, key=lambda limit: limit[0], default=(None, "the models have no longest context"))
+
+
+def server_limit(url: str, length: int) -> str:
+    """In words, what a vLLM server reads."""
+    return f"{url} reads {length} tokens, its --max-model-len"
 
 
 def refuse_hints(rows: Sequence[Row]) -> None:
@@ -180,7 +186,9 @@ def check_prompt_lengths(
         room = models.context_length - (max_tokens or 1)
         why = f"{'' if max_tokens is None else f'max_tokens={max_tokens}: '}{models.context_limit}"
         if room < 1:
-            raise ConfigError(why)
+            raise ConfigError(
+                f"{why}, which leaves no room for a prompt" + (". Lower max_tokens" if max_tokens else "")
+            )
         limits.append((room, why, "" if max_tokens is None else "lower max_tokens"))
     if not limits:
         return data
@@ -214,7 +222,8 @@ def check_prompt_lengths(
         data, train=[r for r in data.train if not too_long(r)], test=[r for r in data.test if not too_long(r)]
     )
     if data.train and not kept.train:
-        raise DataError(f"{data.name}: every prompt is longer than {limit} tokens")
+        ways = ways_out[:1] if way_out else ["shorten them"]
+        raise DataError(f"{data.name}: every prompt is longer than {limit} tokens ({why}): {ways[0]}")
     for split, all_rows, left in (("training", data.train, kept.train), ("held-out", data.test, kept.test)):
         if len(left) < len(all_rows):
             gone = len(all_rows) - len(left)

@@ -116,6 +116,7 @@ class _Server:
     async def _facts(self, weights: NewWeights) -> ServerFacts:
         answer = await self._engine.get("/server_info?config_format=json")
         if answer.status_code != 200:
+            await self._length()  # is it vLLM at all?
             raise ConfigError(
                 f"{self._where}: its weights cannot be replaced ({reason_of(answer)} for /server_info). "
                 f"Start it with VLLM_SERVER_DEV_MODE=1 in its environment: {UPDATABLE}"

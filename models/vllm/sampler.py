@@ -100,7 +100,8 @@ class VLLMSampler:
                 try:
                     return await self._sample_at(member, prompt_ids, params)
                 except Transient as error:  # it returned nothing: asking twice does no harm
-                    if not isinstance(error, Unreachable) or await self._lives(member, error):
+                    gone = isinstance(error, Unreachable) and not await self._lives(member, error)
+                    if not gone or isinstance(error, Outdated):  # which may say of itself that it is not
                         failures.append(str(error))
             if 0 < len(failures) < TRIES:
                 await anyio.sleep(self.waits.pause_s * 2 ** (len(failures) - 1))

@@ -125,7 +125,7 @@ async def test_an_answer_that_others_weights_have_finished_is_not_taken(tmp_path
 
     async with sampler(tmp_path, Shared()) as s:
         await s.update_weights(Weights(-2.0), 1)
-        with pytest.raises(SamplerUnavailableError, match="-1, protege-00000000-9' and not with this run's"):
+        with anyio.fail_after(5), pytest.raises(SamplerError, match="-1, protege-00000000-9' and not with this run's"):
             await s.sample([1, 2], params(2))
 
 
@@ -567,6 +567,8 @@ def served(**changes: Any) -> Any:
             if not changes.get("dev", True):
                 return 404, {"detail": "Not Found"}
             return 200, {"vllm_config": {"model_config": config, "lora_config": None}, "vllm_env": {}}
+        if path == "/v1/models":
+            return 200, {"data": [{"id": "m", "max_model_len": 99}] if changes.get("vllm", True) else []}
         if path == "/inference/v1/generate":
             if not changes.get("scale_out", True):
                 return 403, {"error": {"message": "Restart vllm serve with --enable-scale-out"}}
@@ -668,6 +670,7 @@ async def test_a_server_that_is_fit():
         ({"follows": False}, "--logprobs-mode processed_logprobs"),
         ({"tokens": [1, 2, 3]}, "it serves another"),
         ({"dev": False}, "VLLM_SERVER_DEV_MODE=1"),
+        ({"dev": False, "vllm": False}, "no vLLM server answers there"),
         ({"scale_out": False}, "--enable-scale-out"),
         ({"model": {"dtype": "torch.bfloat16"}}, "--dtype float32"),
     ],

@@ -107,7 +107,11 @@ def test_a_server_that_goes_on_with_other_weights_is_no_evaluation(tmp_path: Pat
         ({"scale_out": False}, {}, "--enable-scale-out"),
         ({"dtype": "bfloat16"}, {}, "--dtype float32"),
         ({"token": "s3cret"}, {}, "sampler.token_env="),
-        ({"max_model_len": 20}, {"max_tokens": 20}, "the models' context is 20 tokens"),
+        (
+            {"max_model_len": 20},
+            {"max_tokens": 20},
+            "max_tokens=20: http.* reads 20 tokens, its --max-model-len.*no room for a prompt. Lower max_tokens",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_weights_are_loaded(
