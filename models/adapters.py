@@ -73,7 +73,9 @@ def attach_adapter(
             wrapped = model
             add_frozen_adapter(model, config, saved, name)
         else:
-            wrapped = PeftModel.from_pretrained(model, path, adapter_name=name, is_trainable=trainable, config=config)
+            wrapped = PeftModel.from_pretrained(
+                model, path, adapter_name=name, is_trainable=trainable, config=config, torch_device="cpu"
+            )  # not where PEFT would have it: on the first GPU, whichever the model is on
         expected = get_peft_model_state_dict(wrapped, adapter_name=name, save_embedding_layers=False)
     # PEFT only warns about missing keys and says nothing of surplus ones.
     missing = expected.keys() - saved.keys()

@@ -79,9 +79,20 @@ class Packed:
             n * n for n in self.lengths
         )
 
+    def _indices(self, device: torch.device) -> tuple[Int[Tensor, " B*L"], Int[Tensor, " N"]]:
+        """Row of each padded position (padding: row 0), and padded position of each row. Sent to the device once, not
+        for every layer."""
+        if device not in self._sent:
+            padded, real = self._indices_on_the_host
+            self._sent[device] = padded.to(device), real.to(device)
+        return self._sent[device]
+
     @cached_property
-    def _indices(self) -> tuple[Int[Tensor, " B*L"], Int[Tensor, " N"]]:
-        """Row of each padded position (padding: row 0), and padded position of each row."""
+    def _sent(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
+        return {}
+
+    @cached_property
+    def _indices_on_the_host(self) -> tuple[Int[Tensor, " B*L"], Int[Tensor, " N"]]:
         longest = max(self.lengths)
         lengths = torch.tensor(self.lengths)
         columns = torch.arange(longest)
@@ -91,7 +102,7 @@ class Packed:
 
     def _side_by_side(self, query, key, value, scale, window):
         """One causal call on `[B, heads, L, D]`. Padding stands at the end, where no real token sees it."""
-        padded, real = (index.to(query.device) for index in self._indices)
+        padded, real = self._indices(query.device)
         q, k, v = (
             x[0].transpose(0, 1).index_select(0, padded).unflatten(0, (len(self.lengths), -1)).transpose(1, 2)
             for x in (query, key, value)
@@ -108,7 +119,7 @@ def _causal(query, key, value, scale, window):
     n, m = query.shape[2], key.shape[2]
     plain = n == m and (window is None or window >= m)
     if plain and (query.device.type != "cpu" or n * m > SMALL):
-        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+        return _fused(query, key, value, scale, None)
     rows = torch.arange(m - n, m, device=query.device)[:, None]
     columns = torch.arange(m, device=query.device)
     mask = columns <= rows
@@ -116,7 +127,18 @@ def _causal(query, key, value, scale, window):
         mask &= columns > rows - window
     if query.device.type == "cpu" and n * m <= SMALL:
         return _small(query, key, value, scale, mask)
-    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+    return _fused(query, key, value, scale, mask)
+
+
+def _fused(query, key, value, scale, mask):
+    """torch's own kernels; without a mask causal."""
+    shared = query.device.type == "cpu" or (mask is None and query.dtype == torch.bfloat16 and query.shape[-1] <= 256)
+    if not shared:
+        # why: on CUDA only the flash kernel knows of shared heads; else torch writes out all scores, in float32
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=shared
+    )
 
 
 def _small(query, key, value, scale, mask):
@@ -307,6 +329,9 @@ def attention(
     windows = _windows.get()
     if windows is not None and sliding_window is not None:
         windows.told.add(sliding_window)
+    # why: under autocast rotary embeddings make float32 of queries and keys, which the products take back. Taken back
+    # here, the cache holds half as much, and is not converted again for every token
+    query, key = query.to(value.dtype), key.to(value.dtype)
     return layout.attend(module.layer_idx, query, key, value, scaling, sliding_window).contiguous(), None  # type: ignore[arg-type]
 
 

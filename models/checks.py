@@ -173,13 +173,27 @@ def probe_view(maker: ViewMaker, text: str = "The answer is 4.") -> TeacherView:
 
 
 def default_device(name: str) -> torch.device:
-    """`auto` is CUDA if there is a device, else the CPU. Raises `ConfigError`."""
+    """`auto` is the first CUDA device if there is one, else the CPU. Raises `ConfigError`."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"device={name}: expected auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
         raise ConfigError(f"device={name}: torch sees no CUDA device here; use device=cpu")
-    return device
+    index, count = device.index or 0, torch.cuda.device_count()
+    if index >= count:
+        raise ConfigError(f"device={name}: torch sees {count} CUDA device(s) here, cuda:0 to cuda:{count - 1}")
+    return torch.device("cuda", index)
+
+
+def automatic_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on GPUs that compute in it, else float32."""
+    if device.type != "cuda":
+        return torch.float32
+    # Before Ampere it is emulated, slowly, and vLLM refuses it. All of AMD's have it.
+    has_it = torch.version.hip is not None or torch.cuda.get_device_properties(device).major >= 8
+    return torch.bfloat16 if has_it else torch.float32

@@ -61,6 +61,8 @@ def load_model(
     go on training an adapter, load the bare name and give the folder to `add_lora`. Raises ModelError.
     """
     check_source(source)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # of this thread, which is going to compute: kernels in Triton run on that one
     if source.checkpoint is None:
         return _load_weights(source.name, dtype, device, attn_implementation)
     if not is_adapter(source.checkpoint):

@@ -215,7 +215,8 @@ def draw(
     """
     greedy = temperature == 0
     logprobs = (logits / temperature.masked_fill(greedy, 1.0)[:, None]).log_softmax(-1)
-    cdf = logprobs.exp().cumsum(-1)
+    # why: a GPU sums in parallel, and float32 sums of a large vocabulary then go up and down: unlikely ids were drawn
+    cdf = logprobs.exp().cumsum(-1, dtype=torch.float64 if logits.device.type == "cuda" else None)
     # `right=True` and a target below the total: an id of probability zero is never drawn.
     target = uniforms[:, None] * cdf[:, -1:]
     ids = torch.searchsorted(cdf, target, right=True)[:, 0].clamp(max=logits.shape[1] - 1)

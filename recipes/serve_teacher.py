@@ -27,7 +27,7 @@ from errors import ConfigError, ModelError
 from models import attention
 from models.adapters import check_base
 from models.causal_lm import CausalLM
-from models.checks import default_device
+from models.checks import automatic_dtype, default_device
 from models.cpu_matmul import use_fast_exact_matmul
 from models.loading import load_config, load_model, load_tokenizer
 from models.sources import ModelSource, context_length
@@ -70,7 +70,7 @@ class Config:
 
     device: str = chz.field(default="auto", doc="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16"] = chz.field(
-        default="auto", doc="of weights and computation; auto: bfloat16 on CUDA, else float32"
+        default="auto", doc="of weights and computation; auto: bfloat16 on GPUs that have it, else float32"
     )
     attn_implementation: str = chz.field(
         default="auto", doc="auto: packed without padding; else transformers' own (sdpa, eager, …), padded"
@@ -120,7 +120,7 @@ class Config:
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         if self.dtype == "auto":
-            return torch.bfloat16 if device.type == "cuda" else torch.float32
+            return automatic_dtype(device)
         return getattr(torch, self.dtype)
 
     def limits(self) -> ServiceLimits:

@@ -15,6 +15,7 @@ import chz
 import torch
 
 from errors import ConfigError
+from models.checks import automatic_dtype
 from models.types import SignalKind, SignalSpec
 from recipes.sampler_config import SamplerConfig, sampler_field
 from recipes.served import ServerOptions
@@ -83,7 +84,7 @@ class StudentConfig:
     device: str = chz.field(default="auto", doc="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16"] = chz.field(
         default="auto",
-        doc="of the computation; auto: bfloat16 on CUDA, else float32. Full fine-tuning keeps float32 weights",
+        doc="of the computation; auto: bfloat16 on GPUs that have it, else float32. Weights trained whole stay float32",
     )
     micro_batch_tokens: int | None = chz.field(
         default=None, doc="tokens of one forward and backward pass; default 128 on a CPU, 8192 on CUDA"
@@ -147,7 +148,7 @@ class StudentConfig:
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         if self.dtype == "auto":
-            return torch.bfloat16 if device.type == "cuda" else torch.float32
+            return automatic_dtype(device)
         return getattr(torch, self.dtype)
 
     def token_budget(self, device: torch.device) -> int:

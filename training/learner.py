@@ -176,7 +176,7 @@ class Learner:
         hidden = self.lm.hidden(batch.sequences)  # [T, h]
         rows = batch.rows.to(hidden.device)
         cut = hidden.detach()[rows].requires_grad_(train)  # [n, h]
-        spans = _spans(batch) if objective.need is SignalKind.SAMPLED else None
+        spans = _spans(batch, hidden.device) if objective.need is SignalKind.SAMPLED else None
         ahead = None
         if objective.looks_ahead or spans is not None:
             ahead = self._advantages(cut, batch, objective, spans)
@@ -268,7 +268,7 @@ def _teacher_logprobs(batch: PackedBatch) -> Float[Tensor, " n"]:
     return torch.cat(values)
 
 
-def _spans(batch: PackedBatch) -> Int[Tensor, " n"] | None:
+def _spans(batch: PackedBatch, device: torch.device) -> Int[Tensor, " n"] | None:
     """Of all episodes together; None if none of them has any."""
     found = [_signal(item).spans for item in batch.items]
     if all(spans is None for spans in found):
@@ -278,7 +278,7 @@ def _spans(batch: PackedBatch) -> Int[Tensor, " n"] | None:
         own = torch.arange(count) if spans is None else spans
         joined.append(torch.where(own < 0, own, own + start))
         start += count
-    return torch.cat(joined)
+    return torch.cat(joined).to(device)
 
 
 def _teacher_topk(

@@ -110,8 +110,9 @@ def discounted_sums(values: Float[Tensor, " n"], lengths: Sequence[int], discoun
 def span_sums(values: Float[Tensor, " n"], spans: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
     """Each token's sum over its span; 0 for a token in none."""
     inside = spans >= 0
-    sums = values.new_zeros(len(spans)).index_add_(0, spans[inside], values[inside])
-    return sums[spans.clamp(min=0)].masked_fill(~inside, 0.0)
+    place = spans.clamp(min=0)
+    sums = torch.zeros_like(values).index_add_(0, place, values.masked_fill(~inside, 0.0))
+    return sums[place].masked_fill(~inside, 0.0)
 
 
 CLIP_DEFAULTS = {"ppo": (0.8, 1.2), "cispo": (0.0, 4.0)}

@@ -16,6 +16,7 @@ from typing import Any
 
 import anyio
 import anyio.to_thread
+import torch
 
 from envs.types import SamplingParams
 from errors import ProtegeError, SamplerError
@@ -111,6 +112,7 @@ class InProcessEngine:
     async def start(self, model: Path, label: str) -> None:
         with anyio.CancelScope(shield=True):  # half an engine could not be ended
             try:
+                _leave_device_memory()
                 self._llm = await anyio.to_thread.run_sync(_start, self.options.arguments(model), self._brood)
             except Exception as error:
                 await anyio.to_thread.run_sync(self._brood.end)
@@ -227,6 +229,7 @@ class InProcessEngine:
     async def wake(self) -> None:
         async with self._power:
             if self._asleep:
+                _leave_device_memory()
                 await self._call("wake_up")
                 self._asleep = False
 
@@ -248,6 +251,13 @@ class InProcessEngine:
     def _raise_if_dead(self, error: Exception) -> None:
         if self._llm is None or self._llm.errored:
             raise Unreachable(f"{self.name} has died; its own messages are above") from error
+
+
+def _leave_device_memory() -> None:
+    """What torch keeps of memory that nothing here uses any more. The engine is another process, which cannot take it:
+    after a step it may be all that the engine gave back."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _start(arguments: dict[str, Any], brood: Brood) -> Any:

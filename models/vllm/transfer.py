@@ -188,8 +188,8 @@ class _Client:
 def _settled(source: WeightSource) -> dict[str, Tensor]:
     """The tensors, computed to the end: another thread is going to read them."""
     tensors = dict(source.tensors())
-    if next(iter(tensors.values())).is_cuda:
-        torch.cuda.synchronize()
+    if (device := next(iter(tensors.values())).device).type == "cuda":
+        torch.cuda.synchronize(device)  # why: without it, cuda:0
     return tensors
 
 

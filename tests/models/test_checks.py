@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,14 @@ from torch import Tensor
 from envs.rendering import make_renderer
 from errors import ConfigError, TeacherError, TokenizerMismatchError
 from models.causal_lm import CausalLM
-from models.checks import check_pair, common_temperature, default_device, probe_scorer, probe_view
+from models.checks import (
+    automatic_dtype,
+    check_pair,
+    common_temperature,
+    default_device,
+    probe_scorer,
+    probe_view,
+)
 from models.teacher_view import ViewMaker
 from models.transformers_scorer import TransformersScorer
 from models.types import Signal, SignalKind, TeacherView
@@ -181,3 +189,21 @@ def test_an_unknown_device_is_refused():
         assert default_device("auto") == torch.device("cpu")
         with pytest.raises(ConfigError, match="no CUDA device"):
             default_device("cuda:0")
+
+
+def test_a_gpu_is_named_by_its_number_and_must_be_there(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert default_device("auto") == default_device("cuda") == torch.device("cuda", 0)
+    assert default_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(ConfigError, match=r"device=cuda:2: torch sees 2 CUDA device\(s\) here, cuda:0 to cuda:1"):
+        default_device("cuda:2")
+
+
+@pytest.mark.parametrize(("generation", "dtype"), [(7, torch.float32), (8, torch.bfloat16), (9, torch.bfloat16)])
+def test_a_gpu_that_emulates_bfloat16_computes_in_float32(
+    generation: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=generation))
+    assert automatic_dtype(torch.device("cuda", 0)) == dtype
+    assert automatic_dtype(torch.device("cpu")) == torch.float32

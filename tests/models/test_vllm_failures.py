@@ -19,6 +19,7 @@ import anyio
 import psutil
 import pytest
 import tiny
+import torch
 from conformance import params
 from scripted_vllm import ScriptedEngine, Weights, generated, scripted_server
 
@@ -349,11 +350,13 @@ async def test_requests_that_come_at_once_wake_an_engine_once(monkeypatch: pytes
 
     monkeypatch.setattr(engine, "_call", call)
     monkeypatch.setattr(engine, "_llm", object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("what the learner no longer uses"))
     await engine.sleep()
     async with anyio.create_task_group() as tasks:
         for _ in range(5):
             tasks.start_soon(engine.wake)
-    assert calls == ["sleep", "wake_up"]
+    assert calls == ["sleep", "what the learner no longer uses", "wake_up"]
 
 
 async def test_one_broken_connection_breaks_no_other(tmp_path: Path):
