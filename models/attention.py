@@ -118,14 +118,16 @@ def _causal(query, key, value, scale, window):
     """The last `n` of `m` positions attend to the positions up to their own (`window` at most)."""
     n, m = query.shape[2], key.shape[2]
     plain = n == m and (window is None or window >= m)
-    if plain and (query.device.type != "cpu" or n * m > SMALL):
+    # why: large scores are not to be rounded to bfloat16, as a product that is written out rounds them
+    small = query.device.type == "cpu" and query.dtype != torch.bfloat16 and n * m <= SMALL
+    if plain and not small:
         return _fused(query, key, value, scale, None)
     rows = torch.arange(m - n, m, device=query.device)[:, None]
     columns = torch.arange(m, device=query.device)
     mask = columns <= rows
     if window is not None:
         mask &= columns > rows - window
-    if query.device.type == "cpu" and n * m <= SMALL:
+    if small:
         return _small(query, key, value, scale, mask)
     return _fused(query, key, value, scale, mask)
 
@@ -259,11 +261,14 @@ class Decode:
         values[rows, :, self.positions] = value[0].transpose(0, 1)
         # Grouped heads share their keys in one matmul: repeating them would copy the cache at every step.
         q = query[0].transpose(0, 1).unflatten(1, (-1, groups))  # [n, K, groups, D]
+        k, v = keys[:n, :, : self.longest], values[:n, :, : self.longest]
+        if q.dtype == torch.bfloat16:  # as in `_causal`
+            bias = self.bias(window, q.dtype).expand(-1, q.shape[1], groups, -1)
+            return scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).flatten(1, 2)[None]
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        scores = torch.matmul(q, keys[:n, :, : self.longest].transpose(-1, -2)) * scale
+        scores = torch.matmul(q, k.transpose(-1, -2)) * scale
         weights = (scores + self.bias(window, scores.dtype)).softmax(-1, dtype=torch.float32).to(q.dtype)
-        out = torch.matmul(weights, values[:n, :, : self.longest])  # [n, K, groups, D]
-        return out.flatten(1, 2)[None]
+        return torch.matmul(weights, v).flatten(1, 2)[None]  # of [n, K, groups, D]
 
     def bias(self, window: int | None, dtype: torch.dtype) -> Float[Tensor, "n 1 1 longest"]:
         if (window, dtype) not in self._bias:

@@ -142,3 +142,18 @@ def test_a_window_that_only_the_mask_knew_is_noticed():
         attention.attention(layer, q, k, v, None, layout=Packed((3,)), sliding_window=7)
     with pytest.raises(ModelError, match=r"\[9\]"):
         windows.check()
+
+
+@pytest.mark.parametrize("common", [0.0, 300.0])
+def test_in_bfloat16_large_scores_keep_their_differences(common: float):
+    """As in Qwen2.5, whose keys share a large bias: it takes no part in the softmax, but rounds what does."""
+    q, k, v = (x.bfloat16() for x in random_qkv(12))
+    q[..., 0], k[..., 0] = 1.0, common
+    exact = written_out(q, k, v, 1.0, None)
+    packed = Packed((12,)).attend(0, q, k, v, 1.0, None)
+    cache = SlotCache(1)
+    cache.reserve(1, 12)
+    Extend(cache, (0,), (0,), (11,)).attend(0, *(x[:, :, :11] for x in (q, k, v)), 1.0, None)
+    decoded = Decode(cache, torch.tensor([11]), 12).attend(0, *(x[:, :, 11:] for x in (q, k, v)), 1.0, None)
+    for ours, rows in ((packed, exact), (decoded, exact[:, 11:])):
+        assert (ours.double() - rows).abs().max() < 0.02
