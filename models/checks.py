@@ -17,6 +17,8 @@ from models.teacher_view import ViewMaker
 from models.types import Scorer, SignalKind, TeacherView
 
 REPEAT_TOLERANCE = 1e-3  # nats, between two scorings of one sequence
+BATCHED_REPEAT_TOLERANCE = 0.05
+"""The same, of a server that may compute in bfloat16: that rounds otherwise when requests are batched otherwise."""
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from errors import ConfigError, TeacherError, TokenizerMismatchError
 from models.byte_alignment import PROBE_TEXT
+from models.checks import BATCHED_REPEAT_TOLERANCE
 from models.server_pool import Access, Refused, ServerPool, Unanswered
 from models.types import SignalKind, SignalSpec, TeacherTopK, TeacherView
 from models.vllm.scorer import NO_LOGPROBS, VllmScorer
 
-REPEAT_TOLERANCE = 0.05
-"""Nats between two answers of one server, or of two that serve the same, to one sequence. A server in bfloat16 rounds
-otherwise when requests are batched otherwise; in float32 they agree to 1e-5."""
 _IDS_AT_A_TIME = 32768
 
 
@@ -174,11 +172,11 @@ async def probe(
         answers.append(signal.logprobs)
     gaps = [float((answer - answers[0]).abs().max()) for answer in answers[1:]]
     for url, gap in zip(access.urls, gaps, strict=True):
-        if not gap <= REPEAT_TOLERANCE:
+        if not gap <= BATCHED_REPEAT_TOLERANCE:
             how = "scored one sequence twice and differs" if url == access.urls[0] else "differs from the first server"
             raise ConfigError(
-                f"{option}url={url}: teacher {name} {how} by {gap:.3g} nats, more than {REPEAT_TOLERANCE}: its signal "
-                "is noise. Serve the same weights everywhere, unquantised or in another --dtype"
+                f"{option}url={url}: teacher {name} {how} by {gap:.3g} nats, more than {BATCHED_REPEAT_TOLERANCE}: its "
+                "signal is noise. Serve the same weights everywhere, unquantised or in another --dtype"
             )
     return max(gaps)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "models"))  # the service tha
 from teacher_services import TOKEN, Running, running
 
 from errors import ConfigError, NoSignalError, TokenizerMismatchError
+from models.teacher_service.client import RemoteScorer
 from models.teacher_service.hosting import ServedModel
-from recipes import serve_teacher
+from recipes import own_service, serve_teacher
 from recipes.cli import parse_config
 from recipes.embedded import char_tokenizer
 from training import loop
@@ -69,6 +72,39 @@ def test_a_student_learns_the_same_from_a_served_teacher(
     moved = torch.cat([(ours[name] - start[name]).flatten() for name in start]).norm()
     apart = torch.cat([(ours[name] - theirs[name]).flatten() for name in start]).norm()
     assert apart <= 0.05 * moved
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gap", "passes"), [("float32", 0.02, False), ("bfloat16", 0.02, True), ("bfloat16", 0.06, False)]
+)
+def test_a_service_in_bfloat16_may_round_otherwise_from_batch_to_batch(
+    service: Running,
+    served: dict[str, Any],
+    models: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+    gap: float,
+    passes: bool,
+):
+    """A busy service scores a sequence with whatever comes beside it."""
+    find, score, calls = own_service.find, RemoteScorer.score, []
+
+    async def found(*arguments: Any) -> Any:
+        it = await find(*arguments)
+        return it and replace(it, model=it.model.model_copy(update={"dtype": dtype}))
+
+    async def other_each_time(self: RemoteScorer, views: Any, need: Any) -> Any:
+        calls.append(views)
+        return [
+            replace(signal, logprobs=signal.logprobs - gap * len(calls)) for signal in await score(self, views, need)
+        ]
+
+    monkeypatch.setattr(own_service, "find", found)
+    monkeypatch.setattr(RemoteScorer, "score", other_each_time)
+    with nullcontext() if passes else pytest.raises(ConfigError, match=f"differs by {gap:.3g} nats"):
+        run(tmp_path / "run", models, **JSD, **served, dry_run=True)
+    assert len(calls) == 2
 
 
 def test_a_service_that_stays_away_ends_the_run_which_goes_on_when_it_is_back(
