@@ -135,9 +135,9 @@ def test_an_engine_that_does_not_start_leaves_nothing(tmp_path: Path, models: di
     before = set(psutil.Process().children(recursive=True))
     start_engine = InProcessEngine.start
 
-    async def broken(self: InProcessEngine, model: Path) -> None:
+    async def broken(self: InProcessEngine, model: Path, label: str) -> None:
         (model / "model.safetensors").write_bytes(b"no tensors")
-        await start_engine(self, model)
+        await start_engine(self, model, label)
 
     with mock.patch.object(InProcessEngine, "start", broken), pytest.raises(ProtegeError, match="vLLM did not start"):
         tiny_models.run(tmp_path / "run", models, sampler="vllm", sampler__enforce_eager=True)
