@@ -120,10 +120,12 @@ class OnPolicyConfig(StudentConfig):
             )
 
     def _check_lmbda(self) -> None:
-        if "lmbda" in self.without():
-            return
         if not 0 <= self.lmbda <= 1:
             raise ConfigError(f"lmbda={self.lmbda}: expected a probability, from 0 to 1")
+        if self.objective in OF_GIVEN_ANSWERS and "lmbda" in self.without():
+            raise ConfigError(
+                f"objective={self.objective} learns from given answers, and here are none: use objective=jsd"
+            )
         if self.objective in OF_GIVEN_ANSWERS and self.lmbda != 0:
             raise ConfigError(
                 f"objective={self.objective} learns from given answers, not from what the student samples: set lmbda=0"

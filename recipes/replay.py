@@ -49,6 +49,9 @@ class Config(TrainConfig):
             **dict.fromkeys(("eval_every", "eval_samples", "eval_teacher"), no_rows),
         }
 
+    def _check_lmbda(self) -> None:
+        """What is saved decides which objectives there are: `check` reads it."""
+
 
 @dataclass(frozen=True)
 class Checked:

@@ -205,6 +205,9 @@ def test_without_an_engine_there_is_one_clear_error_and_nothing_is_loaded(
         ({"network": "on"}, "network=on"),
         ({"substitute_images": "ubuntu:24.04"}, "expected IMAGE=LOCAL_IMAGE"),
         ({"max_turn": 1}, "Did you mean max_turns?"),
+        ({"lmbda": 0}, "lmbda=0: tasks have no given answers"),
+        ({"objective": "kd"}, "objective=kd learns from given answers, and here are none"),
+        ({"objective": "sft"}, "objective=sft learns from given answers, and here are none"),
     ],
 )
 def test_mistakes(

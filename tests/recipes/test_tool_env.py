@@ -51,6 +51,21 @@ def config(models: tuple[str, str], path: Path, **options: Any) -> Config:
     return Config(**given | options)
 
 
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"lmbda": 0.5}, "lmbda=0.5: environments have no given answers"),
+        ({"objective": "kd"}, "objective=kd learns from given answers, and here are none"),
+        ({"objective": "sft"}, "objective=sft learns from given answers, and here are none"),
+        ({"eval_every": 1}, "eval_every=1: there is no evaluation here"),
+        ({"eval_teacher": True}, "eval_teacher=True: there is no evaluation here"),
+    ],
+)
+def test_options_that_have_no_meaning_in_an_environment(options: dict[str, Any], part: str, tmp_path: Path):
+    with pytest.raises(ConfigError, match=part):
+        config(("s", "t"), tmp_path, **options)
+
+
 def grouping(to: str, **changes: Any) -> Any:
     def make_group(row: Row, renderer: Renderer) -> ToolEnvGroupBuilder:
         given: dict[str, Any] = {
