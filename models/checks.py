@@ -192,8 +192,10 @@ def default_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def automatic_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 on GPUs that compute in it, else float32."""
+def default_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on GPUs that compute in it, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
     if device.type != "cuda":
         return torch.float32
     # Before Ampere it is emulated, slowly, and vLLM refuses it. All of AMD's have it.

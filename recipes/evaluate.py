@@ -35,7 +35,7 @@ from training.evaluation import Judge, evaluate
 
 @chz.chz
 class Config(OneTeacher):
-    """Evaluation of one model on one dataset's held-out rows."""
+    """One model on held-out rows, and its reverse KL to a teacher (on a plain vLLM server: of sampled tokens)."""
 
     model_name: str = chz.field(doc="hub id, local folder (a checkpoint too) or .gguf file")
     load_checkpoint_path: str | None = chz.field(default=None, doc="weights to use instead: HF folder or adapter")

@@ -27,7 +27,7 @@ from errors import ConfigError, ModelError
 from models import attention
 from models.adapters import check_base
 from models.causal_lm import CausalLM
-from models.checks import automatic_dtype, default_device
+from models.checks import default_device, default_dtype
 from models.cpu_matmul import use_fast_exact_matmul
 from models.loading import load_config, load_model, load_tokenizer
 from models.sources import ModelSource, context_length
@@ -119,9 +119,7 @@ class Config:
         return (ModelOptions(model_name=self.model_name, checkpoint=self.checkpoint, name=self.name),)
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
-        if self.dtype == "auto":
-            return automatic_dtype(device)
-        return getattr(torch, self.dtype)
+        return default_dtype(self.dtype, device)
 
     def limits(self) -> ServiceLimits:
         return ServiceLimits(

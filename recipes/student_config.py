@@ -15,7 +15,7 @@ import chz
 import torch
 
 from errors import ConfigError
-from models.checks import automatic_dtype
+from models.checks import default_dtype
 from models.types import SignalKind, SignalSpec
 from recipes.sampler_config import SamplerConfig, sampler_field
 from recipes.served import ServerOptions
@@ -147,9 +147,7 @@ class StudentConfig:
         )
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
-        if self.dtype == "auto":
-            return automatic_dtype(device)
-        return getattr(torch, self.dtype)
+        return default_dtype(self.dtype, device)
 
     def token_budget(self, device: torch.device) -> int:
         """Activations take more than 1 MiB a token on a small model: on a CPU, small passes cost little speed."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import select
 import signal
 import socket
 import sys
@@ -18,6 +17,7 @@ from typing import Any, TypeVar
 import anyio
 
 from errors import CheckpointError, ProtegeError
+from models.exiting import exit_now
 
 T = TypeVar("T")
 
@@ -151,12 +151,7 @@ def _quit_after(seconds: float, exit_code: int) -> None:
 def _quit(number: int, _: object) -> None:
     """Not even what is being computed is waited for: engines, sandboxes and half-written files are left to what guards
     them."""
-    try:
-        for stream, text in ((1, b"\x1b[?25h" * os.isatty(1)), (2, b"\ninterrupted\n")):  # the panel hides the cursor
-            if select.select([], [stream], [], 0)[1]:  # else it is a full pipe that nobody reads
-                os.write(stream, text)
-    finally:
-        os._exit(128 + number)
+    exit_now(128 + number, (1, b"\x1b[?25h" * os.isatty(1)), (2, b"\ninterrupted\n"))  # the panel hides the cursor
 
 
 def _may_follow_from_a_signal(error: BaseException) -> bool:

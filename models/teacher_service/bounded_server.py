@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import select
 import signal
 import socket
 import threading
@@ -16,6 +15,7 @@ from typing import Any
 from uvicorn import Config, Server  # pyright: ignore[reportMissingImports]
 from uvicorn.protocols.http.h11_impl import H11Protocol  # pyright: ignore[reportMissingImports]
 
+from models.exiting import exit_now
 from models.teacher_service.server import Service, ServiceLimits
 
 CUT_SHORT = b"ended with work that was not finished in time\n"
@@ -95,11 +95,7 @@ class BoundedServer(Server):
         def watch() -> None:
             self._signalled.wait()
             threading.Event().wait(grace_s)
-            try:
-                if select.select([], [2], [], 0)[1]:  # else it is a full pipe that nobody reads
-                    os.write(2, CUT_SHORT)
-            finally:
-                os._exit(self.exit_code)
+            exit_now(self.exit_code, (2, CUT_SHORT))
 
         threading.Thread(target=watch, name="grace", daemon=True).start()
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -16,10 +16,10 @@ from envs.rendering import make_renderer
 from errors import ConfigError, TeacherError, TokenizerMismatchError
 from models.causal_lm import CausalLM
 from models.checks import (
-    automatic_dtype,
     check_pair,
     common_temperature,
     default_device,
+    default_dtype,
     probe_scorer,
     probe_view,
 )
@@ -205,5 +205,5 @@ def test_a_gpu_that_emulates_bfloat16_computes_in_float32(
     generation: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=generation))
-    assert automatic_dtype(torch.device("cuda", 0)) == dtype
-    assert automatic_dtype(torch.device("cpu")) == torch.float32
+    assert default_dtype("auto", torch.device("cuda", 0)) == dtype
+    assert default_dtype("auto", torch.device("cpu")) == torch.float32

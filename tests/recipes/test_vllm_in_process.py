@@ -15,10 +15,11 @@ import psutil
 import pytest
 import tiny_models
 from tiny_models import training_rows
-from vllm_runs import OPTIONS, check_it_learnt_like, evaluated, in_this_process, models, runs, small, steps_done, until
+from vllm_runs import OPTIONS, check_it_learnt_like, evaluated, in_this_process, models, small, steps_done, until
 
 from errors import ProtegeError
 from models.vllm.in_process import InProcessEngine
+from models.vllm.orphans import runs
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm

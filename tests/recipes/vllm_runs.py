@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import tiny_models
 from tiny_models import evaluation_rows, training_rows
@@ -69,13 +68,6 @@ def until(condition: Callable[[], bool], timeout_s: float = 240.0) -> None:
 
 def steps_done(run: Path) -> int:
     return len(training_rows(run)) if (run / "metrics.jsonl").exists() else 0
-
-
-def runs(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 EVALUATION = {"dataset": "arithmetic", "eval_size": 16, "samples": 0, "max_tokens": 6, "device": "cpu"}
